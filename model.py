@@ -1,0 +1,356 @@
+"""LLaMA-2 in one file, with the two things LITE adds to it.
+
+The names are Meta's, so Meta's checkpoints load without a translation table.  LITE changes nothing in the network:
+its intermediate layers share the final norm and output matrix (`logits`), which gives
+
+- training: `forward(tokens, labels, exits)`, one cross-entropy per exit and one for the last layer;
+- decoding: a block that is visited after tokens skipped it first settles their K and V (`debt`, see `Block`).
+
+"Exit n" is the state after n blocks, everywhere.  Dimensions, used in all five files:
+    B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads   E head
+    V vocabulary   L layers   X exits, the last layer not among them
+Read on in generate.py, the heart, then train.py.
+"""
+import json
+import math
+import pickle
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100                          # a label that carries no loss: prompts and pads
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line: found, expected, what to do."""
+
+
+@dataclass
+class ModelArgs:
+    """The keys of Meta's params.json, and the context length (which Meta leaves to the caller)."""
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None        # None: as many as n_heads (7B and 13B); fewer is grouped-query attention
+    vocab_size: int = -1                 # -1, as in Meta's files: take it from the weights
+    multiple_of: int = 256               # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096              # positions; lite.json may say otherwise
+
+    @property
+    def ffn_dim(self):
+        """Width of SwiGLU: 2/3 of 4 D (it has three matrices instead of two), scaled, then rounded up."""
+        width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
+        return self.multiple_of * math.ceil(width / self.multiple_of)
+
+
+def default_exits(n_layers):
+    """The paper's exits: every 4th layer from the 8th (7B: 8..28, 13B: 8..36); every 2nd in a small model."""
+    return list(range(8, n_layers, 4)) if n_layers >= 16 else list(range(2, n_layers, 2))
+
+
+def check_exits(exits, n_layers):
+    """The exits in ascending order; InputError if one repeats or is not a layer below the last."""
+    if len(set(exits)) != len(exits) or not all(0 < n < n_layers for n in exits):
+        raise InputError(f"--exits {exits}: expected different layers from 1 to {n_layers - 1}")
+    return sorted(exits)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, the mean of squares in fp32 or better."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = wide(x)
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias or a first value: every weight here is loaded or drawn by init_weights."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):
+        pass
+
+
+def wide(x):
+    """x in fp32, unless it is wider already (tests run in float64)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@lru_cache
+@torch.inference_mode(False)             # the table outlives the call that makes it, and training may use it next
+def rope_table(n, head_dim, theta, device):
+    """cos and sin of position * theta^(-2i/E), both (n, 1, E/2): fp32 whatever the model's dtype is."""
+    freqs = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angles = torch.outer(torch.arange(n, device=device).float(), freqs)[:, None]
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
+        self.head_dim, self.theta, self.max_seq_len = args.dim // args.n_heads, args.rope_theta, args.max_seq_len
+        self.wq = Linear(args.dim, self.n_heads * self.head_dim)
+        self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim)
+        self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim)
+        self.wo = Linear(self.n_heads * self.head_dim, args.dim)
+
+    def rotate(self, x, pos):
+        """x (B, T, heads, E) at positions pos..pos+T-1: turns each pair (2i, 2i+1), Meta's interleaved layout."""
+        table = rope_table(self.max_seq_len, self.head_dim, self.theta, x.device)
+        cos, sin = (t[pos:pos + x.size(1)] for t in table)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                   # fp32 tables promote bf16 to fp32
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+
+    def keys_values(self, x, pos, kv=None):
+        """Project x (B, T, D) at positions pos..; with a cache, write there and return all it holds up to now.
+
+        The only code that makes K and V: for tokens that pass through the layer and for tokens that skipped it.
+        """
+        k = self.rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), pos).transpose(1, 2)    # (B, K, T, E)
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+        if kv is None:
+            return k, v
+        end = pos + x.size(1)
+        kv[0, :, :, pos:end], kv[1, :, :, pos:end] = k, v
+        return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
+
+    def forward(self, x, pos, T, kv=None):
+        """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T. Returns (B, T, D)."""
+        k, v = self.keys_values(x, pos, kv)
+        R, S = x.size(1), k.size(2)
+        q = self.rotate(self.wq(x[:, R - T:]).unflatten(-1, (self.n_heads, -1)), pos + R - T).transpose(1, 2)
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S,
+                                           enable_gqa=self.n_kv_heads != self.n_heads)           # (B, H, T, E)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.w1 = Linear(args.dim, args.ffn_dim)
+        self.w2 = Linear(args.ffn_dim, args.dim)
+        self.w3 = Linear(args.dim, args.ffn_dim)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(args), FeedForward(args)
+        self.attention_norm, self.ffn_norm = (RMSNorm(args.dim, args.norm_eps) for _ in range(2))
+
+    def forward(self, h, pos=0, kv=None, debt=None):
+        """h (B, T, D) at positions pos.. through the layer; kv (2, B, K, S, E) is the layer's cache, if any.
+
+        debt (B, P, D): the states of the P positions before pos that skipped this layer.  Their K and V are made
+        here, in the matrix product that makes h's own: the copy of LITE costs no pass over wk and wv of its own.
+        """
+        rows = h if debt is None else torch.cat((debt, h), 1)
+        h = h + self.attention(self.attention_norm(rows), pos - rows.size(1) + h.size(1), h.size(1), kv)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """LLaMA-2. tokens (B, T) -> logits (B, T, V), or with labels the losses that LITE averages."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.checkpoint_blocks = args, False
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Linear(args.dim, args.vocab_size)
+
+    def init_weights(self):
+        """Training from nothing: normal(0, .02), and smaller for the two matrices that write into the residual."""
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                scale = (2 * self.args.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
+                nn.init.normal_(p, std=0.02 * scale)
+
+    def logits(self, h):
+        """output(norm(h)), (..., D) -> (..., V), fp32 or wider: the one head, for every exit and the last layer."""
+        return wide(self.output(self.norm(h)))
+
+    def new_cache(self, B, S):
+        """Room for K and V of S positions: (L, 2, B, K, S, E), uninitialised; the caller owns it and the positions."""
+        a = self.layers[0].attention
+        w = self.tok_embeddings.weight
+        return torch.empty(len(self.layers), 2, B, a.n_kv_heads, S, a.head_dim, dtype=w.dtype, device=w.device)
+
+    def states(self, tokens, exits=(), pos=0, cache=None):
+        """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's."""
+        h = self.tok_embeddings(tokens)
+        for n, block in enumerate(self.layers, 1):
+            kv = None if cache is None else cache[n - 1]
+            h = checkpoint(block, h, use_reentrant=False) if self.checkpoint_blocks else block(h, pos, kv)
+            if n in exits and n < len(self.layers):
+                yield h
+        yield h
+
+    def forward(self, tokens, labels=None, exits=()):
+        """Without labels: logits (B, T, V).  With labels (B, T), the next tokens or IGNORE: losses (X+1,).
+
+        Each loss is a *sum* over the labelled positions, for only the caller knows the count over all ranks and
+        micro-batches.  Only those positions meet the head, and each exit's logits are made again in the backward
+        pass (checkpoint), so that one exit's (N, V) is alive at a time instead of all X+1.
+        """
+        if labels is None:
+            return self.logits(list(self.states(tokens))[-1])
+        keep = labels != IGNORE
+        return torch.stack([checkpoint(self.cross_entropy, h[keep], labels[keep], use_reentrant=False)
+                            for h in self.states(tokens, exits)])
+
+    def cross_entropy(self, h, targets):
+        """Sum over the rows h (N, D) of -log p(target), from one layer's state."""
+        return F.cross_entropy(self.logits(h), targets, reduction="sum")
+
+
+def lite_loss(losses, weights):
+    """LITE: sum_i w_i L_i / sum_i w_i over exits and last layer; losses and weights (X+1,). No exits: plain tuning."""
+    weights = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
+    return (weights * losses).sum() / weights.sum()
+
+
+# --- Meta's checkpoint folders: params.json, consolidated.NN.pth, tokenizer.model; LITE's own facts in lite.json ------
+
+
+def read_json(path):
+    """The JSON object in a file, or an InputError that says what is wrong with it."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e}); restore it from the original download") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def find_checkpoint(folder):
+    """The Meta folder meant by `folder`: itself, or the newest save if it is an --out folder (out/latest)."""
+    folder = Path(folder)
+    if (folder / "latest").exists():
+        folder = folder / "latest"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one with params.json and consolidated.00.pth")
+    if (folder / "params.json").exists():
+        return folder
+    if (folder / "config.json").exists() or list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} is in Hugging Face's format (config.json, *.safetensors); wanted is Meta's own: "
+                         "params.json, consolidated.*.pth, tokenizer.model (for LLaMA-2: the repository without '-hf')")
+    raise InputError(f"{folder}: no params.json there (found: {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'}); "
+                     "expected Meta's params.json, consolidated.NN.pth and tokenizer.model")
+
+
+def read_lite(folder):
+    """lite.json of a folder: exits, weights, max_seq_len, thresholds, ...; {} for a model LITE never tuned."""
+    path = Path(folder) / "lite.json"
+    return read_json(path) if path.exists() else {}
+
+
+def read_args(folder):
+    """ModelArgs from params.json (and the context length from lite.json), each value checked."""
+    path, known = Path(folder) / "params.json", {f.name: f for f in fields(ModelArgs)}
+    params = read_json(path)
+    if odd := sorted(params.keys() - known.keys()):
+        raise InputError(f"{path}: unknown {', '.join(odd)}; a LLaMA-2 model has only {', '.join(known)}")
+    if missing := sorted({"dim", "n_layers", "n_heads"} - params.keys()):
+        raise InputError(f"{path}: {', '.join(missing)} missing")
+    params["max_seq_len"] = read_lite(folder).get("max_seq_len", params.get("max_seq_len", ModelArgs.max_seq_len))
+    for name, value in params.items():
+        optional, whole = known[name].default is None, "float" not in str(known[name].type)
+        if value is None and optional or name == "vocab_size" and value == -1:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive {'integer' if whole else 'number'}")
+    args = ModelArgs(**params)
+    if args.dim % args.n_heads or args.n_heads % (args.n_kv_heads or args.n_heads) or args.dim // args.n_heads % 2:
+        raise InputError(f"{path}: dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} do not divide "
+                         "into heads of an even width")
+    return args
+
+
+def read_weights(folder):
+    """Meta's state dict, memory-mapped; model-parallel shards are merged key by key."""
+    paths = sorted(Path(folder).glob("consolidated.*.pth"))
+    if not paths:
+        raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
+    if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
+        raise InputError(f"{folder}: {paths[-1].name} is there but only {len(paths)} shard(s) in all; fetch the missing ones")
+    shards = []
+    for path in paths:
+        try:                             # weights_only: tensors and nothing else; a pickle that holds code is not run
+            shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except pickle.UnpicklingError:
+            raise InputError(f"{path}: refused, it holds more than tensors (a pickle can run code)") from None
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+            raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0]}); is the download complete?") from None
+        if not all(isinstance(w, torch.Tensor) for w in getattr(shards[-1], "values", list)()) or not shards[-1]:
+            raise InputError(f"{path}: not a dictionary of tensors")
+    return shards[0] if len(shards) == 1 else {key: merge(key, [s.pop(key) for s in shards if key in s], len(paths), folder)
+                                               for key in list(shards[0])}
+
+
+def merge(key, parts, n, folder):
+    """One matrix from its n model-parallel parts: split by columns if its input was split, else by rows."""
+    if len(parts) != n:
+        raise InputError(f"{folder}: {key} is in {len(parts)} of {n} shards; are they from one model?")
+    if parts[0].dim() == 1:
+        return parts[0]
+    return torch.cat(parts, dim=1 if key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")) else 0)
+
+
+def load_meta(folder, dtype=None, device="cpu"):
+    """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError."""
+    folder = find_checkpoint(folder)
+    args, weights = read_args(folder), read_weights(folder)
+    weights.pop("rope.freqs", None)                      # Meta's files carry RoPE's frequencies; rope_table makes them
+    if args.vocab_size == -1 and "tok_embeddings.weight" in weights:
+        args.vocab_size = len(weights["tok_embeddings.weight"])
+    with torch.device("meta"):                           # shapes without memory; the weights are assigned below
+        model = Transformer(args)
+    want = model.state_dict()
+    if odd := sorted(want.keys() ^ weights.keys()):
+        raise InputError(f"{folder}: weights do not fit params.json: " + "; ".join(
+            f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4]) + (f" and {len(odd) - 4} more" if odd[4:] else ""))
+    if bad := [key for key in want if want[key].shape != weights[key].shape]:
+        raise InputError(f"{folder}: {bad[0]} is {tuple(weights[bad[0]].shape)}, params.json says {tuple(want[bad[0]].shape)} "
+                         f"({len(bad)} such); wrong params.json, or a shard is missing")
+    for key in want:                                     # one at a time: never two whole copies where none is needed
+        weights[key] = weights[key].to(device, dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True)
+
+
+def save_meta(folder, model, tokenizer, lite, dtype=torch.bfloat16):
+    """Write a complete Meta folder into the (new, empty) folder; lite goes beside, into lite.json."""
+    folder = Path(folder)
+    torch.save({key: w.detach().to("cpu", dtype) for key, w in model.state_dict().items()}, folder / "consolidated.00.pth")
+    params = {key: value for key, value in asdict(model.args).items() if value is not None and key != "max_seq_len"}
+    (folder / "params.json").write_text(json.dumps(params) + "\n")
+    (folder / "lite.json").write_text(json.dumps({"max_seq_len": model.args.max_seq_len, **lite}, indent=1) + "\n")
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)

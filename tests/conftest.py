@@ -1,0 +1,56 @@
+"""Small random models and folders for the tests; everything on the CPU, without network."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(2)
+
+from data import train_tokenizer  # noqa: E402
+from model import ModelArgs, Transformer, save_meta  # noqa: E402
+
+
+def random_model(seed=0, dtype=torch.float32, **args):
+    """A random LLaMA with sharp enough logits that confidences spread over (0, 1)."""
+    args = dict(dim=48, n_layers=6, n_heads=6, n_kv_heads=2, vocab_size=96, multiple_of=16, max_seq_len=64) | args
+    torch.manual_seed(seed)
+    model = Transformer(ModelArgs(**args))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1, 0.1) if p.dim() == 1 else p.normal_(0, 0.25)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A small random model as a Meta folder, fp32 weights."""
+    folder = tmp_path_factory.mktemp("ckpt") / "model"
+    folder.mkdir()
+    save_meta(folder, random_model(vocab_size=tokenizer.size), tokenizer, dict(exits=[2, 4]), torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data beside the repository, where there is one."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder of real Alpaca data and test sets beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real():
+    """A real checkpoint in Meta's format, named by the environment variable LITE_REAL_CKPT."""
+    if "LITE_REAL_CKPT" not in os.environ:
+        pytest.skip("LITE_REAL_CKPT names no Meta-format folder of a real model")
+    return Path(os.environ["LITE_REAL_CKPT"])
