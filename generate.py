@@ -1,14 +1,15 @@
 """Early exit: each token leaves the network at the first exit that is sure of it.
 
-    python generate.py --threshold 0.8                       # a few questions of the embedded set, tokens tinted by depth
+    python generate.py --threshold 0.8                      # questions of the embedded set, tinted by depth
     python generate.py --threshold 0.8 "Sort d a f c."
     python generate.py --ckpt llama-2-7b --threshold 0.95,0.95,0.9,0.9,0.8,0.7 "Name three uses of a brick."
     python generate.py --raw "The capital of France is" --threshold 1     # no template, full depth
 
-A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit layer, the
-head that the layers share is asked for its most probable token; if that probability exceeds the exit's threshold the
-token is emitted and the layers above are skipped.  What they would have left in the KV cache is made later, if anyone
-needs it, from the state the token left with (`decode_one`).  At batch 1, where each token may take its own way.
+A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit,
+the head that all layers share is asked for its most probable token.  If that probability exceeds the exit's
+threshold, the token is emitted and the layers above are skipped; what they would have left in the KV cache is
+made later, if anyone needs it, from the state the token left with (`decode_one`).  Batch 1: each token goes its
+own way.
 """
 import json
 import math
@@ -25,8 +26,8 @@ from model import InputError, check_exits, default_exits, find_checkpoint, load_
 
 
 def confidence(logits):
-    """The largest softmax probability of logits (V,), as a float: exp(max - logsumexp), without the other V - 1."""
-    return (logits.max() - logits.logsumexp(-1)).exp().item()        # .item() waits for the device: once a check
+    """The largest softmax probability of logits (V,), a float: exp(max - logsumexp) needs no other one."""
+    return (logits.max() - logits.logsumexp(-1)).exp().item()        # .item(): the device is waited for here
 
 
 def decode_one(model, token, pos, cache, left, debt_from, thresholds):
@@ -35,19 +36,19 @@ def decode_one(model, token, pos, cache, left, debt_from, thresholds):
     token   the id at position pos; its successor is what the logits are for
     cache   (L, 2, 1, K, S, E); layer i holds K and V of the positions below debt_from[i]
     left    (1, S, D), the state with which each position left the network
-    Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1: it makes them
-    from those tokens' exit states when a token next comes by, in the same matrix product.  The positions owed are always
-    the latest ones, so one number per layer keeps the account, and a layer nobody visits again never pays.
+    Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1 and makes
+    them from those tokens' exit states when a token next comes by, in the same matrix product.  The positions
+    owed are always the latest: one number per layer keeps the account.  A layer nobody visits again never pays.
     Returns logits (V,) and the number of layers run.
     """
-    h = model.tok_embeddings(torch.tensor([[token]], device=left.device))                     # (1, 1, D)
+    h = model.tok_embeddings(torch.tensor([[token]], device=left.device))                    # (1, 1, D)
     for n, block in enumerate(model.layers, 1):
         owed = debt_from[n - 1]
         h = block(h, pos, cache[n - 1], left[:, owed:pos] if owed < pos else None)
         debt_from[n - 1] = pos + 1
         if n in thresholds or n == len(model.layers):
             logits = model.logits(h[0, 0])
-            if n < len(model.layers) and confidence(logits) > thresholds[n]:                  # strictly: 1 never leaves
+            if n < len(model.layers) and confidence(logits) > thresholds[n]:         # >: 1 never leaves
                 break
     left[:, pos] = h[:, 0]
     return logits, n
@@ -59,7 +60,7 @@ def generate(model, prompt, max_new_tokens, thresholds=None, temperature=0.0, to
 
     prompt is a list of ids, thresholds a dict {exit layer: threshold}: empty, or all 1, is ordinary LLaMA.
     """
-    thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}         # 1 never leaves: not even asked
+    thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}          # 1 never leaves: do not ask
     L, P, device = len(model.layers), len(prompt), model.output.weight.device
     cache = model.new_cache(1, P + max_new_tokens)
     left = cache.new_empty(1, P + max_new_tokens, model.args.dim)
@@ -78,7 +79,7 @@ def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     if temperature == 0:
         return logits.argmax().item()
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs > top_p] = 0                      # keep while what comes before holds no top_p yet
+    probs[probs.cumsum(-1) - probs >= top_p] = 0                     # those before it hold top_p already
     return ids[torch.multinomial(probs, 1, generator=rng)].item()
 
 
@@ -101,10 +102,11 @@ class Answer:
 
 
 def answer(model, tokenizer, prompt, args, thresholds, rng=None, each=lambda answer: None):
-    """Generate to the end and keep the books; each(answer) is called after every token. Returns the Answer."""
+    """Generate to the end, keep the books, call each(answer) after every token. Returns the Answer."""
     a, clock = Answer(check_prompt(prompt, model)), time.perf_counter()
     room = min(args.max_new_tokens, model.args.max_seq_len - len(prompt))
-    for token, depth in generate(model, prompt, room, thresholds, args.temperature, args.top_p, rng, tokenizer.eos):
+    how = (args.temperature, args.top_p, rng, tokenizer.eos)
+    for token, depth in generate(model, prompt, room, thresholds, *how):
         a.tokens.append(token)
         a.exits.append(depth)
         now = time.perf_counter()
@@ -115,11 +117,11 @@ def answer(model, tokenizer, prompt, args, thresholds, rng=None, each=lambda ans
     return a
 
 
-# --- The command -----------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
 
 def exit_rule(threshold, exits, lite, n_layers):
-    """{exit layer: threshold} from the flags --threshold and --exits, or None for lite.json's; {} is full depth."""
+    """{exit layer: threshold} from --threshold and --exits; None there: from lite.json. {} is full depth."""
     stored = {int(n): t for n, t in lite.get("thresholds", {}).items()}
     if threshold is None:
         return stored if exits is None else {n: stored.get(n, 1.0) for n in check_exits(exits, n_layers)}
@@ -137,7 +139,7 @@ def exit_rule(threshold, exits, lite, n_layers):
 
 
 def load_for_decoding(args):
-    """Model in eval mode, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
+    """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
     folder = args.ckpt
     if folder is None:
         folder = "out" if Path("out/latest").exists() else str(Path(__file__).parent / "tiny")
@@ -145,7 +147,9 @@ def load_for_decoding(args):
     folder = find_checkpoint(folder)
     device = pick_device(args.device)
     model = load_meta(folder, args.dtype and getattr(torch, args.dtype), device).eval()
-    return model, Tokenizer.load(folder, model.args.vocab_size), read_lite(folder)
+    lite = read_lite(folder)
+    check_exits(lite.get("exits", []), model.args.n_layers)
+    return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
 
 class Painter:
@@ -170,7 +174,8 @@ class Painter:
             self.shown = max(self.shown, len(text))
 
     def legend(self, depths):
-        return "left after layer: " + "  ".join(self.tint(f"{n}{' (all)' if n == self.n_layers else ''}", n) for n in depths)
+        """The tints and what they mean, in one line."""
+        return "left after layer: " + "  ".join(self.tint(str(n), n) for n in depths) + " (all)"
 
 
 def summary(answers, n_layers):
@@ -178,54 +183,53 @@ def summary(answers, n_layers):
     depths = [n for a in answers for n in a.exits]
     decoded, seconds = sum(len(a.tokens) - 1 for a in answers), sum(a.decode for a in answers)
     shares = ", ".join(f"{n}: {depths.count(n) / len(depths):.0%}" for n in sorted(set(depths)))
-    return (f"{len(depths)} tokens, {sum(depths) / len(depths):.1f} of {n_layers} layers on average ({shares}); prefill "
-            f"{sum(a.prefill for a in answers):.2f} s, decode {decoded / max(seconds, 1e-9):.0f} tokens/s")
+    prefill, speed = sum(a.prefill for a in answers), decoded / max(seconds, 1e-9)
+    return (f"{len(depths)} tokens, {sum(depths) / len(depths):.1f} of {n_layers} layers on average ({shares}); "
+            f"prefill {prefill:.2f} s, decode {speed:.0f} tokens/s")
+
+
+def parse_args():
+    """The command line; see --help."""
+    parser = Parser(__doc__)
+    parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
+    parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
+    parser.add("--data", help="take the prompts from these files")
+    parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
+    for flag in ("--limit", "--exits", "--threshold", "--dtype", "--device", "--json"):
+        parser.add(flag)
+    for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
+        parser.add(flag, default)
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="instructions (default: questions of the embedded set)")
-    parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
-    parser.add("--data", help="take the prompts from these files")
-    parser.add("--limit")
-    parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
-    parser.add("--exits")
-    parser.add("--threshold", help="leave at an exit whose confidence is greater than this: one for all exits or one each; "
-               "0 leaves at the first exit, 1 never (default: the checkpoint's, else full depth)")
-    for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
-        parser.add(flag, default)
-    for flag in ("--dtype", "--device", "--json"):
-        parser.add(flag)
-    args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise InputError("expected --temperature >= 0, --top-p in (0, 1] and --max-new-tokens >= 1")
+    """Answer the prompts: streamed and tinted, or as JSON."""
+    args = parse_args()
     examples = [dict(instruction=p, input="") for p in args.prompt]
     examples += [e for path in args.data or [] for e in read_examples(path)]
     if not examples and args.raw is None:
         examples = embedded(args.limit or 6, split="test")
     model, tokenizer, lite = load_for_decoding(args)
-    thresholds = exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
-    prompts = [(e["instruction"] + (f" [{e['input']}]" if e["input"] else ""), prompt_text(e)) for e in examples[:args.limit]]
+    L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
+    prompts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples[:args.limit]]
     prompts += [(args.raw, args.raw)] if args.raw is not None else []
     prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in prompts]
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
-    painter = Painter(tokenizer, model.args.n_layers, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    if not args.json:
-        how = "full depth" if not thresholds else "thresholds " + ", ".join(f"{n}: {t:g}" for n, t in thresholds.items())
-        print(f"{how}; {painter.legend([*thresholds, model.args.n_layers])}", file=sys.stderr)
+    if args.json:
+        answers = [answer(model, tokenizer, ids, args, thresholds, rng) for _, ids in prompts]
+        for a in answers:
+            print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
+                                  text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
+        return
+    painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    how = "thresholds " + ", ".join(f"{n}: {t:g}" for n, t in thresholds.items()) if thresholds else "full depth"
+    print(f"{how}; {painter.legend([*thresholds, L])}", file=sys.stderr)
     answers = []
     for title, ids in prompts:
-        if not args.json:
-            print(f"\n> {title}", flush=True)
-        answers.append(answer(model, tokenizer, ids, args, thresholds, rng,
-                              (lambda a: None) if args.json else painter))
-        print(end="" if args.json else "\n", flush=True)
-    if not args.json:
-        print(f"\n{summary(answers, model.args.n_layers)}", file=sys.stderr)
-    for a in answers if args.json else ():
-        text = tokenizer.decode(a.tokens, a.prompt)
-        print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits, text=text,
-                              seconds=round(a.prefill + a.decode, 4), prefill_seconds=round(a.prefill, 4))))
+        print(f"\n> {title}", flush=True)
+        answers.append(answer(model, tokenizer, ids, args, thresholds, rng, painter))
+        print(flush=True)
+    print(f"\n{summary(answers, L)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

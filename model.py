@@ -1,15 +1,15 @@
 """LLaMA-2 in one file, with the two things LITE adds to it.
 
-The names are Meta's, so Meta's checkpoints load without a translation table.  LITE changes nothing in the network:
-its intermediate layers share the final norm and output matrix (`logits`), which gives
+The names are Meta's, so Meta's checkpoints load without a translation table.  LITE changes nothing in the
+network: its intermediate layers share the last layer's norm and output matrix (`logits`).  What it adds:
 
-- training: `forward(tokens, labels, exits)`, one cross-entropy per exit and one for the last layer;
-- decoding: a block that is visited after tokens skipped it first settles their K and V (`debt`, see `Block`).
+- training: `forward(tokens, labels, exits)` gives one cross-entropy per exit and one for the last layer;
+- decoding: a block that comes after tokens which skipped it makes their K and V first (`debt`, see `Block`).
 
-"Exit n" is the state after n blocks, everywhere.  Dimensions, used in all five files:
-    B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads   E head
-    V vocabulary   L layers   X exits, the last layer not among them
-Read on in generate.py, the heart, then train.py.
+"Exit n" is the state after n blocks, everywhere.  Dimensions, in all five files:
+    B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads
+    E head width   V vocabulary   L layers   X exits, without the last layer
+Read on in generate.py, the heart, then in train.py.
 """
 import json
 import math
@@ -36,7 +36,7 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None        # None: as many as n_heads (7B and 13B); fewer is grouped-query attention
+    n_kv_heads: int | None = None        # None: as many as n_heads (7B, 13B); fewer: grouped-query attention
     vocab_size: int = -1                 # -1, as in Meta's files: take it from the weights
     multiple_of: int = 256               # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
@@ -91,12 +91,12 @@ def wide(x):
 
 
 @lru_cache
-@torch.inference_mode(False)             # the table outlives the call that makes it, and training may use it next
+@torch.inference_mode(False)             # the table outlives the call that made it; training may come next
 def rope_table(n, head_dim, theta, device):
-    """cos and sin of position * theta^(-2i/E), both (n, 1, E/2): fp32 whatever the model's dtype is."""
+    """e^(i * position * theta^(-2j/E)), complex (n, 1, E/2), in fp32 whatever the model's dtype is."""
     freqs = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(n, device=device).float(), freqs)[:, None]
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 class Attention(nn.Module):
@@ -105,25 +105,25 @@ class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-        self.head_dim, self.theta, self.max_seq_len = args.dim // args.n_heads, args.rope_theta, args.max_seq_len
+        self.head_dim = args.dim // args.n_heads
+        self.rope = (args.max_seq_len, self.head_dim, args.rope_theta)
         self.wq = Linear(args.dim, self.n_heads * self.head_dim)
         self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim)
         self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim)
         self.wo = Linear(self.n_heads * self.head_dim, args.dim)
 
     def rotate(self, x, pos):
-        """x (B, T, heads, E) at positions pos..pos+T-1: turns each pair (2i, 2i+1), Meta's interleaved layout."""
-        table = rope_table(self.max_seq_len, self.head_dim, self.theta, x.device)
-        cos, sin = (t[pos:pos + x.size(1)] for t in table)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                   # fp32 tables promote bf16 to fp32
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+        """x (B, T, heads, E) at positions pos..: turns each pair (2j, 2j+1), as Meta does, as a complex number."""
+        pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))                     # (B, T, heads, E/2)
+        turned = pairs * rope_table(*self.rope, x.device)[pos:pos + x.size(1)]
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     def keys_values(self, x, pos, kv=None):
-        """Project x (B, T, D) at positions pos..; with a cache, write there and return all it holds up to now.
+        """K and V of x (B, T, D) at positions pos..; with a cache, write them there and return all up to now.
 
-        The only code that makes K and V: for tokens that pass through the layer and for tokens that skipped it.
+        The only code that makes K and V: for tokens that pass the layer, and for those that skipped it.
         """
-        k = self.rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), pos).transpose(1, 2)    # (B, K, T, E)
+        k = self.rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), pos).transpose(1, 2)  # (B, K, T, E)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         if kv is None:
             return k, v
@@ -132,13 +132,13 @@ class Attention(nn.Module):
         return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
 
     def forward(self, x, pos, T, kv=None):
-        """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T. Returns (B, T, D)."""
+        """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
         k, v = self.keys_values(x, pos, kv)
         R, S = x.size(1), k.size(2)
         q = self.rotate(self.wq(x[:, R - T:]).unflatten(-1, (self.n_heads, -1)), pos + R - T).transpose(1, 2)
         mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S,
-                                           enable_gqa=self.n_kv_heads != self.n_heads)           # (B, H, T, E)
+                                           enable_gqa=self.n_kv_heads != self.n_heads)      # (B, H, T, E)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -166,8 +166,8 @@ class Block(nn.Module):
     def forward(self, h, pos=0, kv=None, debt=None):
         """h (B, T, D) at positions pos.. through the layer; kv (2, B, K, S, E) is the layer's cache, if any.
 
-        debt (B, P, D): the states of the P positions before pos that skipped this layer.  Their K and V are made
-        here, in the matrix product that makes h's own: the copy of LITE costs no pass over wk and wv of its own.
+        debt (B, P, D): the states of the P positions before pos, which skipped this layer.  Their K and V are
+        made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv.
         """
         rows = h if debt is None else torch.cat((debt, h), 1)
         h = h + self.attention(self.attention_norm(rows), pos - rows.size(1) + h.size(1), h.size(1), kv)
@@ -180,27 +180,27 @@ class Transformer(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.args, self.checkpoint_blocks = args, False
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
+        empty = torch.empty(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=empty)
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
 
     def init_weights(self):
-        """Training from nothing: normal(0, .02), and smaller for the two matrices that write into the residual."""
+        """To train from nothing: variance 1 / D, and 1 / (2 L D) where a matrix writes into the residual."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                scale = (2 * self.args.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
-                nn.init.normal_(p, std=0.02 * scale)
+                writes = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=(self.args.dim * (2 * self.args.n_layers if writes else 1)) ** -0.5)
 
     def logits(self, h):
-        """output(norm(h)), (..., D) -> (..., V), fp32 or wider: the one head, for every exit and the last layer."""
+        """output(norm(h)): (..., D) -> (..., V) in fp32 or wider: one head for all exits and the end."""
         return wide(self.output(self.norm(h)))
 
     def new_cache(self, B, S):
-        """Room for K and V of S positions: (L, 2, B, K, S, E), uninitialised; the caller owns it and the positions."""
+        """Room for K and V of S positions, (L, 2, B, K, S, E), not initialised; the caller keeps it."""
         a = self.layers[0].attention
-        w = self.tok_embeddings.weight
-        return torch.empty(len(self.layers), 2, B, a.n_kv_heads, S, a.head_dim, dtype=w.dtype, device=w.device)
+        return self.output.weight.new_empty(len(self.layers), 2, B, a.n_kv_heads, S, a.head_dim)
 
     def states(self, tokens, exits=(), pos=0, cache=None):
         """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's."""
@@ -215,9 +215,9 @@ class Transformer(nn.Module):
     def forward(self, tokens, labels=None, exits=()):
         """Without labels: logits (B, T, V).  With labels (B, T), the next tokens or IGNORE: losses (X+1,).
 
-        Each loss is a *sum* over the labelled positions, for only the caller knows the count over all ranks and
-        micro-batches.  Only those positions meet the head, and each exit's logits are made again in the backward
-        pass (checkpoint), so that one exit's (N, V) is alive at a time instead of all X+1.
+        Each loss is a *sum* over the labelled positions: only the caller knows their count over all ranks and
+        micro-batches.  Only they meet the head, and each exit's logits are made again in the backward pass
+        (checkpoint), so that one exit's (N, V) is alive at a time instead of all X+1.
         """
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
@@ -231,12 +231,12 @@ class Transformer(nn.Module):
 
 
 def lite_loss(losses, weights):
-    """LITE: sum_i w_i L_i / sum_i w_i over exits and last layer; losses and weights (X+1,). No exits: plain tuning."""
+    """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""
     weights = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
     return (weights * losses).sum() / weights.sum()
 
 
-# --- Meta's checkpoint folders: params.json, consolidated.NN.pth, tokenizer.model; LITE's own facts in lite.json ------
+# --- Meta's folders: params.json, consolidated.NN.pth, tokenizer.model; LITE's lite.json --------------
 
 
 def read_json(path):
@@ -244,32 +244,39 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e}); restore it from the original download") from None
+        raise InputError(f"{path}: not readable as JSON ({e}); restore the original") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
 def find_checkpoint(folder):
-    """The Meta folder meant by `folder`: itself, or the newest save if it is an --out folder (out/latest)."""
+    """The Meta folder meant by `folder`: itself, or the newest save of a train.py output folder (latest)."""
     folder = Path(folder)
-    if (folder / "latest").exists():
-        folder = folder / "latest"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with params.json and consolidated.00.pth")
+    folder = folder / "latest" if (folder / "latest").exists() else folder
     if (folder / "params.json").exists():
         return folder
-    if (folder / "config.json").exists() or list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} is in Hugging Face's format (config.json, *.safetensors); wanted is Meta's own: "
-                         "params.json, consolidated.*.pth, tokenizer.model (for LLaMA-2: the repository without '-hf')")
-    raise InputError(f"{folder}: no params.json there (found: {', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'}); "
-                     "expected Meta's params.json, consolidated.NN.pth and tokenizer.model")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected one with params.json and consolidated.00.pth")
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    if "config.json" in found or list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} is a Hugging Face folder ({found}); wanted is Meta's format: "
+                         "params.json, consolidated.*.pth, tokenizer.model (Llama-2-7b, not Llama-2-7b-hf)")
+    raise InputError(f"{folder}: no params.json there (found: {found}); expected Meta's params.json, "
+                     "consolidated.NN.pth and tokenizer.model")
 
 
 def read_lite(folder):
-    """lite.json of a folder: exits, weights, max_seq_len, thresholds, ...; {} for a model LITE never tuned."""
+    """lite.json of a folder: exits, weights, max_seq_len, thresholds; {} for a model without one."""
     path = Path(folder) / "lite.json"
-    return read_json(path) if path.exists() else {}
+    lite = read_json(path) if path.exists() else {}
+    exits, thresholds = lite.get("exits", []), lite.get("thresholds", {})
+    if not isinstance(exits, list) or not all(type(n) is int for n in exits):
+        raise InputError(f"{path}: exits is {exits!r}, expected a list of layer numbers")
+    if not isinstance(thresholds, dict) or not all(
+            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
+        raise InputError(f"{path}: thresholds is {thresholds!r}, expected numbers from 0 to 1 by exit layer")
+    return lite
 
 
 def read_args(folder):
@@ -280,45 +287,48 @@ def read_args(folder):
         raise InputError(f"{path}: unknown {', '.join(odd)}; a LLaMA-2 model has only {', '.join(known)}")
     if missing := sorted({"dim", "n_layers", "n_heads"} - params.keys()):
         raise InputError(f"{path}: {', '.join(missing)} missing")
-    params["max_seq_len"] = read_lite(folder).get("max_seq_len", params.get("max_seq_len", ModelArgs.max_seq_len))
+    params["max_seq_len"] = read_lite(folder).get("max_seq_len", ModelArgs.max_seq_len)
     for name, value in params.items():
-        optional, whole = known[name].default is None, "float" not in str(known[name].type)
-        if value is None and optional or name == "vocab_size" and value == -1:
+        if value is None and known[name].default is None or name == "vocab_size" and value == -1:
             continue
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
-            raise InputError(f"{path}: {name} is {value!r}, expected a positive {'integer' if whole else 'number'}")
-    args = ModelArgs(**params)
-    if args.dim % args.n_heads or args.n_heads % (args.n_kv_heads or args.n_heads) or args.dim // args.n_heads % 2:
-        raise InputError(f"{path}: dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.n_kv_heads} do not divide "
-                         "into heads of an even width")
-    return args
+        kind = (int, float) if "float" in str(known[name].type) else int
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+            wanted = "integer" if kind is int else "number"
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive {wanted}")
+    a = ModelArgs(**params)
+    if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
+        raise InputError(f"{path}: dim {a.dim} does not divide into n_heads {a.n_heads} of an even "
+                         f"width, or these into n_kv_heads {a.n_kv_heads}")
+    return a
 
 
 def read_weights(folder):
     """Meta's state dict, memory-mapped; model-parallel shards are merged key by key."""
-    paths = sorted(Path(folder).glob("consolidated.*.pth"))
+    paths, shards = sorted(Path(folder).glob("consolidated.*.pth")), []
     if not paths:
         raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
     if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
-        raise InputError(f"{folder}: {paths[-1].name} is there but only {len(paths)} shard(s) in all; fetch the missing ones")
-    shards = []
+        raise InputError(f"{folder}: found {paths[-1].name}, but {len(paths)} shard(s) in all: fetch the rest")
     for path in paths:
-        try:                             # weights_only: tensors and nothing else; a pickle that holds code is not run
+        try:                             # weights_only: tensors and nothing else; code in a pickle is not run
+            if path.open("rb").read(2) != b"PK":
+                raise pickle.UnpicklingError
             shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except pickle.UnpicklingError:
-            raise InputError(f"{path}: refused, it holds more than tensors (a pickle can run code)") from None
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-            raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0]}); is the download complete?") from None
-        if not all(isinstance(w, torch.Tensor) for w in getattr(shards[-1], "values", list)()) or not shards[-1]:
+            raise InputError(f"{path}: refused, not an archive of tensors alone (a pickle can run code)") from None
+        except (OSError, RuntimeError, EOFError, ValueError) as e:
+            raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
+        if not isinstance(shards[-1], dict) or {type(w) for w in shards[-1].values()} != {torch.Tensor}:
             raise InputError(f"{path}: not a dictionary of tensors")
-    return shards[0] if len(shards) == 1 else {key: merge(key, [s.pop(key) for s in shards if key in s], len(paths), folder)
-                                               for key in list(shards[0])}
+    if len({frozenset(s) for s in shards}) > 1:
+        raise InputError(f"{folder}: the shards hold different keys; are they from one model?")
+    if len(shards) == 1:
+        return shards[0]
+    return {key: merge(key, [s.pop(key) for s in shards]) for key in list(shards[0])}
 
 
-def merge(key, parts, n, folder):
-    """One matrix from its n model-parallel parts: split by columns if its input was split, else by rows."""
-    if len(parts) != n:
-        raise InputError(f"{folder}: {key} is in {len(parts)} of {n} shards; are they from one model?")
+def merge(key, parts):
+    """One tensor from its model-parallel parts: joined by columns where the input was split, else by rows."""
     if parts[0].dim() == 1:
         return parts[0]
     return torch.cat(parts, dim=1 if key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")) else 0)
@@ -328,29 +338,30 @@ def load_meta(folder, dtype=None, device="cpu"):
     """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError."""
     folder = find_checkpoint(folder)
     args, weights = read_args(folder), read_weights(folder)
-    weights.pop("rope.freqs", None)                      # Meta's files carry RoPE's frequencies; rope_table makes them
+    weights.pop("rope.freqs", None)                      # in Meta's files; rope_table computes them
     if args.vocab_size == -1 and "tok_embeddings.weight" in weights:
         args.vocab_size = len(weights["tok_embeddings.weight"])
-    with torch.device("meta"):                           # shapes without memory; the weights are assigned below
+    with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
     want = model.state_dict()
     if odd := sorted(want.keys() ^ weights.keys()):
-        raise InputError(f"{folder}: weights do not fit params.json: " + "; ".join(
-            f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4]) + (f" and {len(odd) - 4} more" if odd[4:] else ""))
+        names = ", ".join(f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4])
+        raise InputError(f"{folder}: weights do not fit params.json: {names}, {len(odd)} in all")
     if bad := [key for key in want if want[key].shape != weights[key].shape]:
-        raise InputError(f"{folder}: {bad[0]} is {tuple(weights[bad[0]].shape)}, params.json says {tuple(want[bad[0]].shape)} "
-                         f"({len(bad)} such); wrong params.json, or a shard is missing")
-    for key in want:                                     # one at a time: never two whole copies where none is needed
+        raise InputError(f"{folder}: {bad[0]} is {tuple(weights[bad[0]].shape)}, params.json says "
+                         f"{tuple(want[bad[0]].shape)}, {len(bad)} such; is a shard missing?")
+    for key in want:                                     # one at a time: no second copy of the whole
         weights[key] = weights[key].to(device, dtype)
     model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(True)
+    return model
 
 
 def save_meta(folder, model, tokenizer, lite, dtype=torch.bfloat16):
-    """Write a complete Meta folder into the (new, empty) folder; lite goes beside, into lite.json."""
-    folder = Path(folder)
-    torch.save({key: w.detach().to("cpu", dtype) for key, w in model.state_dict().items()}, folder / "consolidated.00.pth")
-    params = {key: value for key, value in asdict(model.args).items() if value is not None and key != "max_seq_len"}
+    """Write a complete Meta folder into the (new, empty) folder; lite goes into lite.json beside."""
+    weights = {key: w.detach().to("cpu", dtype) for key, w in model.state_dict().items()}
+    torch.save(weights, folder / "consolidated.00.pth")
+    params = {k: v for k, v in asdict(model.args).items() if v is not None and k != "max_seq_len"}
     (folder / "params.json").write_text(json.dumps(params) + "\n")
-    (folder / "lite.json").write_text(json.dumps({"max_seq_len": model.args.max_seq_len, **lite}, indent=1) + "\n")
+    lite = {"max_seq_len": model.args.max_seq_len, **lite}
+    (folder / "lite.json").write_text(json.dumps(lite, indent=1) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)

@@ -1,0 +1,148 @@
+"""What a user can get wrong: one line on stderr naming what, where and what to do; exit code 2; nothing overwritten."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import generate
+import train
+from conftest import ROOT
+
+SCRIPTS = {"generate": generate, "eval": evaluation, "train": train}
+
+
+class Code:
+    """A pickle that runs a command when it is loaded."""
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+def no_tokenizer(d):
+    (d / "tokenizer.model").unlink()
+
+
+def broken_params(d):
+    (d / "params.json").write_text('{"dim": 48,')
+
+
+def edit_params(**change):
+    def edit(d):
+        params = json.loads((d / "params.json").read_text())
+        (d / "params.json").write_text(json.dumps({k: v for k, v in {**params, **change}.items() if v is not ...}))
+    return edit
+
+
+def truncated(name, size):
+    return lambda d: (d / name).write_bytes((d / name).read_bytes()[:size])
+
+
+def second_shard_missing(d):
+    state = torch.load(d / "consolidated.00.pth")
+    halves = {k: w if w.dim() == 1 else w.chunk(2, 1 if "tok_emb" in k or ".wo." in k or ".w2." in k else 0)[0].clone()
+              for k, w in state.items()}
+    torch.save(halves, d / "consolidated.00.pth")
+
+
+def hugging_face(d):
+    (d / "params.json").rename(d / "config.json")
+
+
+CHECKPOINTS = [  # what is done to a good folder, and words of the line it must give
+    (lambda d: shutil.rmtree(d), ["no such folder"]), (lambda d: [p.unlink() for p in d.iterdir()], ["no params.json", "nothing"]),
+    (no_tokenizer, ["no tokenizer.model"]), (truncated("tokenizer.model", 3000), ["not a sentencepiece model"]),
+    (lambda d: (d / "tokenizer.model").write_text("hello"), ["not a sentencepiece model"]),
+    (broken_params, ["params.json", "JSON"]), (edit_params(dim=...), ["dim missing"]), (edit_params(n_heads=5), ["divide"]),
+    (edit_params(n_layers="6"), ["n_layers is '6'"]), (edit_params(rope_scaling=2), ["unknown rope_scaling"]),
+    (edit_params(n_layers=7), ["layers.6", "missing"]), (edit_params(dim=36), ["params.json says"]),
+    (edit_params(vocab_size=90), ["params.json says"]), (truncated("consolidated.00.pth", 50000), ["consolidated.00.pth", "complete"]),
+    (truncated("consolidated.00.pth", 0), ["consolidated.00.pth"]),
+    (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(Code())), ["refused"]),
+    (lambda d: torch.save(dict(x=Code()), d / "consolidated.00.pth"), ["refused"]),
+    (lambda d: torch.save([1], d / "consolidated.00.pth"), ["not a dictionary of tensors"]),
+    (second_shard_missing, ["shard"]), (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), ["shard"]),
+    (lambda d: (d / "consolidated.00.pth").unlink(), ["no weights"]), (hugging_face, ["Hugging Face", "params.json"]),
+    (lambda d: (d / "lite.json").write_text("[]"), ["lite.json", "object"]),
+    (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 7}}'), ["lite.json", "thresholds"]),
+    (lambda d: (d / "lite.json").write_text('{"max_seq_len": "x"}'), ["max_seq_len"]),
+    (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["exits", "99"])]
+
+FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the line
+    ("generate", "--ckpt CKPT --threshold 1.5 hi", ["--threshold 1.5", "0 to 1"]),
+    ("generate", "--ckpt CKPT --threshold x hi", ["--threshold x"]), ("generate", "--ckpt CKPT --threshold nan hi", ["--threshold nan"]),
+    ("generate", "--ckpt CKPT --threshold 0.5,0.5,0.5 hi", ["3 numbers for 2 exits"]),
+    ("generate", "--ckpt CKPT --exits 2,2 --threshold 1 hi", ["--exits", "different"]), ("generate", "--ckpt CKPT --exits 9 hi", ["1 to 5"]),
+    ("generate", "--ckpt CKPT --exits x hi", ["--exits"]), ("generate", "--ckpt CKPT --temperature -1 hi", ["--temperature"]),
+    ("generate", "--ckpt CKPT --top-p 0 hi", ["--top-p"]), ("generate", "--ckpt CKPT --max-new-tokens 0 hi", ["--max-new-tokens"]),
+    ("generate", "--ckpt CKPT --dtype int8 hi", ["--dtype"]), ("generate", "--ckpt CKPT --device cuda:7 hi", ["cuda:7", "cpu"]),
+    ("generate", "--ckpt CKPT --device tpux hi", ["tpux"]), ("generate", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]),
+    ("eval", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]), ("eval", "--ckpt CKPT --threshold 2", ["--threshold 2"]),
+    ("eval", "--ckpt DIR/none", ["no such folder"]), ("eval", "--ckpt CKPT --limit 0", ["--limit"]),
+    ("train", "--ckpt CKPT --out DIR/new", ["alpaca_data.json", "python data.py"]),
+    ("train", "--ckpt CKPT --data DATA --max-len 3 --val 1 --out DIR/new", ["every example", "--max-len"]),
+    ("train", "--ckpt CKPT --data DATA --max-len 40 --out DIR/new", ["--val 200", "2 examples"]), ("train", "--ckpt CKPT --data DATA --max-len 5000 --val 1 --out DIR/new", ["context"]),
+    ("train", "--ckpt CKPT --data DIR/koala.jsonl --val 1 --out DIR/new", ["output"]),
+    ("train", "--out DIR/mine", ["exists and is not a run"]), ("train", "--out DIR/file", ["exists and is not a run"]),
+    ("train", "--resume --out DIR/new", ["no such folder", "new"]), ("train", "--resume --out DIR/mine", ["mine"]),
+    ("train", "--exits 2,9 --out DIR/new", ["--exits"]), ("train", "--weights 1,2 --out DIR/new", ["--weights", "4 numbers"]),
+    ("train", "--batch-size 0 --out DIR/new", ["--batch-size"]), ("train", "--dtype float16 --out DIR/new", ["float16"]),
+    ("train", "--device cuda:7 --out DIR/new", ["cuda:7"]), ("train", "--steps -3 --out DIR/new", ["--steps"])]
+
+
+@pytest.fixture
+def place(tmp_path, checkpoint, monkeypatch):
+    """A folder with a good checkpoint, a data file, somebody's folder and somebody's file; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]')
+    (tmp_path / "koala.jsonl").write_text('{"prompt": "a"}')
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    return tmp_path
+
+
+def snapshot(folder):
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(script, args, words, place, monkeypatch, capsys):
+    before = snapshot(place)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *args])
+    with pytest.raises(SystemExit) as e:
+        data.run(SCRIPTS[script].main)
+    out = capsys.readouterr()
+    lines = [s for s in out.err.splitlines() if not s.startswith("no --ckpt")]
+    assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), out.err
+    assert all(w in lines[0] for w in words), lines[0]
+    assert snapshot(place) == before and not (place / "new").exists()
+
+
+@pytest.mark.parametrize("damage, words", CHECKPOINTS, ids=[w[0] for _, w in CHECKPOINTS])
+def test_bad_checkpoints(place, monkeypatch, capsys, damage, words):
+    damage(place / "ckpt")
+    refused("generate", ["--ckpt", "ckpt", "hello"], words, place, monkeypatch, capsys)
+    assert not (place / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize("script, args, words", FLAGS, ids=[f"{s} {a}" for s, a, _ in FLAGS])
+def test_bad_flags_and_data(place, monkeypatch, capsys, script, args, words):
+    args = args.replace("CKPT", "ckpt").replace("DIR/", "").replace("DATA", "d.json").split()
+    refused(script, args, words, place, monkeypatch, capsys)
+
+
+def test_as_a_command_it_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--ckpt", tmp_path, "hi"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["data", "train", "generate", "eval"])
+def test_help_explains_every_flag(script):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "python" in done.stdout

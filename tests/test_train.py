@@ -1,0 +1,254 @@
+"""train.py: the same numbers on any number of processes, runs that resume, saves that are whole or absent."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train as T
+import worker
+from conftest import ROOT, random_model
+from model import InputError, load_meta
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+TINY = ["--steps", "6", "--batch-size", "8", "--micro-batch-size", "8", "--val", "16", "--save-every", "3"]
+
+
+def torchrun(n, *args):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
+
+
+def train(*args, n=1, check=True, cwd=ROOT):
+    """Run train.py as a user does. n > 1: under torchrun."""
+    command = torchrun(n, ROOT / "train.py", *args) if n > 1 else [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, cwd=cwd)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def weights(out):
+    return torch.load(Path(out) / "latest" / "trainer.pt", weights_only=True)["optimizer"]
+
+
+def same(a, b):
+    return all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+# --- one global batch, one result ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return {dtype: worker.steps(dtype, 8, 20) for dtype in (torch.float64, torch.float32)}
+
+
+@pytest.mark.parametrize("micro", [3, 1])
+def test_accumulation_changes_nothing(one_process, micro):
+    for dtype, loss, weight in ((torch.float64, 1e-12, 1e-9), (torch.float32, 1e-5, None)):
+        compare(one_process[dtype], worker.steps(dtype, micro, 20), loss, weight)
+
+
+def test_two_processes_equal_one_and_each_other(one_process, tmp_path):
+    for dtype, micro, loss, weight in (("float64", 8, 1e-12, 1e-9), ("float64", 2, 1e-12, 1e-9), ("float32", 8, 1e-5, None)):
+        subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, micro, 20), env=ENV, check=True)
+        ranks = [torch.load(tmp_path / f"r.{rank}") for rank in (0, 1)]
+        for part in ("grads", "weights"):
+            assert all(torch.equal(x, ranks[1][part][k]) for k, x in ranks[0][part].items())        # equal on all ranks
+        compare(one_process[getattr(torch, dtype)], ranks[0], loss, weight)
+
+
+def compare(one, other, loss, weight):
+    torch.testing.assert_close(one["losses"], other["losses"], rtol=loss, atol=0)
+    norm = math.sqrt(sum(g.square().sum().item() for g in one["grads"].values()))
+    assert max((g - other["grads"][k]).abs().max().item() for k, g in one["grads"].items()) < max(loss, 1e-12) * norm
+    if weight:
+        assert max((w - other["weights"][k]).abs().max().item() for k, w in one["weights"].items()) < weight
+
+
+def test_the_mean_is_over_tokens_not_over_means():
+    model, rows = random_model(dtype=torch.float64), worker.rows()
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2)
+    got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
+    want, count = torch.zeros(3, dtype=torch.float64), 0
+    for i in (0, 7, 13, 20, 31):
+        ids, n = rows[i]
+        for h, j in zip(model.states(torch.tensor([ids]), worker.EXITS), range(3)):
+            logp = model.logits(h[0]).log_softmax(-1)
+            want[j] -= sum(logp[t - 1, ids[t]].item() for t in range(n, len(ids)))
+        count += len(ids) - n
+    torch.testing.assert_close(got, want / count, rtol=1e-12, atol=0)
+    numeric, w = torch.tensor(0.0, dtype=torch.float64), model.layers[1].feed_forward.w2.weight
+    grad = w.grad[3, 5].item()
+    with torch.no_grad():
+        values = []
+        for eps in (1e-5, -1e-5):
+            w[3, 5] += eps
+            losses = sum(model(*T.collate([rows[i]]), worker.EXITS) for i in (0, 7, 13, 20, 31)) / count
+            values.append(((losses * torch.tensor([1, 1, 2])).sum() / 4).item())
+            w[3, 5] -= eps
+    assert grad == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+# --- optimizer and schedule ---------------------------------------------------------------------------------------------
+
+
+def test_adamw_is_torchs():
+    a, b = (random_model(dtype=torch.float64).train() for _ in range(2))
+    args = SimpleNamespace(lr=1e-2, weight_decay=0.1)
+    mine = T.optimizer_for(a, args)
+    theirs = torch.optim.AdamW([dict(params=[p for p in b.parameters() if p.dim() > 1], weight_decay=0.1),
+                                dict(params=[p for p in b.parameters() if p.dim() == 1], weight_decay=0.0)], 1e-2, (0.9, 0.95))
+    tokens = torch.randint(96, (4, 9))
+    for _ in range(5):
+        for model, opt in ((a, mine), (b, theirs)):
+            opt.zero_grad()
+            model(tokens, tokens, [2]).sum().backward()
+            opt.step()
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_bf16_weights_keep_small_updates_in_their_masters():
+    """At lr 2e-5 a bf16 weight of 1 cannot move by itself (half its last bit is 2e-3); its fp32 master does."""
+    p, plain = (torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(2))
+    mine, theirs = T.AdamW([p], lr=2e-5), torch.optim.AdamW([plain], lr=2e-5, weight_decay=0.0)
+    for _ in range(300):
+        p.grad, plain.grad = torch.ones_like(p), torch.ones_like(plain)
+        mine.step()
+        theirs.step()
+    assert plain.eq(1).all()
+    master = mine.state[p]["master"]
+    assert master.dtype == torch.float32 and torch.allclose(master, torch.tensor(1 - 300 * 2e-5), atol=1e-5)
+    assert torch.equal(p, master.bfloat16()) and p.ne(1).all()
+    again = T.AdamW([torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))], lr=2e-5)
+    again.load_state(mine.save_state())
+    assert same(again.save_state(), mine.save_state())
+
+
+def test_learning_rate_rises_then_follows_a_cosine_to_zero():
+    args = SimpleNamespace(lr=2.0, warmup=0.1, steps=100)
+    got = [T.learning_rate(s, args) for s in range(100)]
+    assert got[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
+    assert got[10:] == pytest.approx([1 + math.cos(math.pi * (s - 10) / 90) for s in range(10, 100)])
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run of 6 steps, and one with accumulation in two processes."""
+    out = tmp_path_factory.mktemp("straight")
+    train(*TINY, "--out", out / "one")
+    train(*TINY, "--out", out / "two", "--micro-batch-size", 2, n=2)
+    return out
+
+
+def test_a_run_leaves_complete_folders_the_newest_two_and_a_log(straight):
+    out = straight / "one"
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "log.jsonl", "step-3", "step-6"]
+    assert os.readlink(out / "latest") == "step-6"
+    for step in (3, 6):
+        assert sorted(p.name for p in (out / f"step-{step}").iterdir()) == [
+            "consolidated.00.pth", "lite.json", "params.json", "tokenizer.model", "trainer.pt"]
+    assert json.loads((out / "latest/lite.json").read_text())["exits"] == [2, 4, 6]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if "losses" in e] == [1, 2, 3, 4, 5, 6] and len(log[1]["losses"]) == 4
+    assert [e["step"] for e in log if "validation" in e] == [0, 3, 6]
+    masters = weights(out)
+    model = load_meta(out)
+    params = [*(p for p in model.parameters() if p.dim() > 1), *(p for p in model.parameters() if p.dim() == 1)]
+    assert all(torch.equal(p, s["master"].bfloat16()) for p, s in zip(params, masters, strict=True))
+
+
+@pytest.mark.parametrize("name, n", [("one", 1), ("two", 2)])
+def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name, n):
+    """Stop the run after step 3 by a signal that only its rank 0 gets; resume without repeating the flags."""
+    more = ["--micro-batch-size", 2] if n == 2 else []
+    subprocess.run(["cp", "-r", str(straight / name), str(tmp_path / "run")], check=True)
+    (tmp_path / "run/latest").unlink()
+    (tmp_path / "run/latest").symlink_to("step-3")
+    subprocess.run(["rm", "-r", str(tmp_path / "run/step-6")], check=True)
+    done = train("--resume", "--out", tmp_path / "run", n=n)
+    assert same(weights(tmp_path / "run"), weights(straight / name))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if "losses" in e] == [1, 2, 3, 4, 5, 6], done.stderr
+
+
+@pytest.mark.parametrize("sig, n", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(tmp_path, sig, n):
+    out = tmp_path / "run"
+    args = ["--steps", 2000, "--batch-size", 8, "--val", 16, "--out", out]
+    command = torchrun(n, ROOT / "train.py", *args) if n > 1 else [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = out / "log.jsonl"
+    while not log.exists() or log.read_text().count("losses") < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(sig)                             # torchrun passes it on to the ranks, at moments of their own
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    saved = os.readlink(out / "latest")
+    assert re.fullmatch(r"step-[1-9]\d*", saved) and not list(out.glob(".*.tmp"))
+    assert n > 1 or (f"after step {saved[5:]}" in text and process.returncode == 130)
+    assert torch.load(out / saved / "trainer.pt", weights_only=True)["step"] == int(saved[5:])
+
+
+def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
+    run = straight / "one"
+    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), ([], "--resume")):
+        done = train(*args, "--out", run, check=False)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_save(tmp_path):
+    done = train(*TINY, "--lr", "1e30", "--clip", "1e30", "--out", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: step [2-6]: loss", line) and "last good save" in line
+    assert all(torch.isfinite(p).all() for p in load_meta(tmp_path / "run").parameters())
+
+
+def test_no_lite_trains_the_last_layer_alone(tmp_path):
+    train(*TINY, "--no-lite", "--out", tmp_path / "run")
+    lite = json.loads((tmp_path / "run/latest/lite.json").read_text())
+    assert lite["exits"] == [] and lite["weights"] == [1.0]
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(len(e["losses"]) == 1 for e in log if "losses" in e)
+
+
+def test_tuning_a_checkpoint_on_alpaca_data(checkpoint, tmp_path):
+    words = [f"{w} {v}" for w in ("bed", "box", "cat", "sun", "map") for v in ("is red", "is tan")]
+    records = [dict(instruction=f"Say {w}.", input="", output=w) for w in words]
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    done = train("--ckpt", checkpoint, "--data", tmp_path / "d.json", "--val", 2, "--max-len", 40, "--epochs", 2,
+                 "--batch-size", 3, "--lr", 1e-2, "--out", tmp_path / "run", "--dtype", "float32")
+    assert os.readlink(tmp_path / "run/latest") == "step-6", done.stderr        # 8 rows, 3 batches an epoch
+    before, after = load_meta(checkpoint), load_meta(tmp_path / "run", torch.float32)
+    assert after.args == before.args
+    assert any(not torch.allclose(p, q, atol=1e-2) for p, q in zip(before.parameters(), after.parameters()))
+
+
+def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monkeypatch):
+    model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], lr=1e-3, weight_decay=0.0)
+    optimizer, out = T.optimizer_for(model, args), tmp_path / "run"
+    out.mkdir()
+    T.save(out, 1, model, optimizer, tokenizer, args)
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda obj, path: original(obj, path) if "consolidated" in str(path) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        T.save(out, 2, model, optimizer, tokenizer, args)
+    assert os.readlink(out / "latest") == "step-1" and not (out / "step-2").exists()
+    monkeypatch.setattr(torch, "save", original)
+    for step in (2, 3):
+        T.save(out, step, model, optimizer, tokenizer, args)
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "step-2", "step-3"]

@@ -1,0 +1,53 @@
+"""What the tests run under torchrun, and in one process for comparison: a few steps on a small float64 or fp32 model.
+
+    torchrun --nproc-per-node 2 worker.py steps RESULT.pt DTYPE MICRO STEPS
+"""
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from conftest import random_model
+import train as T
+
+EXITS = [2, 4]
+
+
+def rows():
+    """43 rows of many lengths: the last batch of an epoch of 8s has 3, so that ranks are left without rows."""
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randint(3, 96, (6 + i * 5 % 17,), generator=g).tolist(), 2 + i % 3) for i in range(43)]
+
+
+def steps(dtype, micro, n, rank=0, world=1):
+    """n optimizer steps with train.py's own parts. Returns first losses and gradients, then the weights."""
+    torch.manual_seed(0)
+    model = random_model(dtype=dtype).train()
+    args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
+                           warmup=0.1, steps=n, batch_size=8, seed=1, clip=1.0)
+    optimizer, data = T.optimizer_for(model, args), rows()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    # A last batch of 1 first: one rank has a row, the others run one of weight zero.
+    plan = [[5], *(b for epoch in range(9) for b in T.batches(data, 8, 1, epoch, 2))]
+    for step in range(n):
+        for group in optimizer.param_groups:
+            group["lr"] = T.learning_rate(step, args)
+        losses = T.gradients(ddp, data, plan[step], args, rank, world)
+        if step == 1:
+            first = dict(losses=losses, grads={k: p.grad.clone() for k, p in model.named_parameters()})
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(**first, weights=model.state_dict())
+
+
+if __name__ == "__main__":
+    out, dtype, micro, n = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = steps(dtype, micro, n, dist.get_rank(), dist.get_world_size())
+    torch.save(result, f"{out}.{os.environ['RANK']}")
+    dist.destroy_process_group()
