@@ -3,9 +3,9 @@
     python data.py                 # fetch Alpaca and the four instruction test sets into data/
     python data.py --show 10       # print ten examples of the embedded set, which needs no download
 
-An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family or
-category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set asks questions whose
-answers need different amounts of computation: that is what early exit lives on.
+An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family
+or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set asks questions
+whose answers need different amounts of computation: that is what early exit lives on.
 """
 import argparse
 import io
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import random
-import string
+import shutil
 import sys
 import urllib.request
 import zlib
@@ -27,47 +27,39 @@ from model import IGNORE, InputError
 
 # --- What the scripts share: one vocabulary of flags, errors of one line ----------------------------------
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from low to high."""
+
+def number(kind, low, high=math.inf, many=False):
+    """An argparse type: an int or float from low to high, or a list of them that was separated by commas."""
     def parse(text):
         try:
-            value = kind(text)
+            values = [kind(x) for x in text.split(",")]
         except ValueError:
-            value = math.nan
-        if not low <= value <= high:
+            values = []
+        if not values or not all(low <= x <= high for x in values) or not many and len(values) > 1:
             span = f"from {low}" + (f" to {high}" if high < math.inf else " up")
-            raise argparse.ArgumentTypeError(f"{text} given; expected {kind.__name__} {span}")
-        return value
-    return parse
-
-
-def series(kind):
-    """An argparse type: ints or floats, separated by commas."""
-    def parse(text):
-        try:
-            return [kind(x) for x in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} given; expected {kind.__name__}s and commas: 8,12,16") from None
+            raise argparse.ArgumentTypeError(f"{text} given; expected {kind.__name__}{'s, commas,' * many} {span}")
+        return values if many else values[0]
     return parse
 
 
 FLAGS = {
-    "--ckpt": dict(metavar="DIR", help="Meta-format folder (params.json, consolidated.NN.pth, tokenizer.model) "
-                   "or an output folder of train.py"),
+    "--ckpt": dict(metavar="DIR", help="folder in Meta's format (params.json, consolidated.NN.pth, "
+                   "tokenizer.model) or an output folder of train.py"),
     "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
     "--out": dict(metavar="DIR", help="folder to write the run to"),
-    "--exits": dict(metavar="N,N..", type=series(int), help="exit layers, counted in blocks run (default: the "
+    "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="exit layers, in blocks run (default: the "
                     "checkpoint's, else every 4th from 8, or every 2nd in a model of fewer than 16 layers)"),
-    "--threshold": dict(metavar="X[,X..]", help="leave at an exit whose confidence is greater than this: "
-                        "one for all exits or one each; 0 leaves at the first, 1 never (default: the checkpoint's, "
-                        "else 1)"),
+    "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="leave at an exit whose "
+                        "confidence is greater than this: one for all exits or one each; 0 leaves at the first, "
+                        "1 never (default: the checkpoint's, else 1)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
     "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
-    "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else what logits are divided by"),
+    "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else logits are divided by it"),
     "--top-p": dict(type=number(float, 1e-9, 1), metavar="X",
                     help="sample from the likeliest tokens that together hold this share of probability"),
     "--seed": dict(type=int, metavar="N", help="of everything random"),
-    "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights in memory"),
+    "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights (default: float32 on a CPU, "
+                    "bfloat16 on a GPU)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
     "--limit": dict(type=number(int, 1), metavar="N", help="use the first N examples only"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
@@ -78,7 +70,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as help, shared flags by name, and errors of one line."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=form)
 
     def add(self, flag, default=None, **more):
         """Add a flag: its meaning comes from FLAGS unless given here, its default is the script's."""
@@ -86,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         if spec.get("action") == "store_true":
             default = False
         elif default is not None:
-            spec["help"] += f" (default: {' '.join(default) if isinstance(default, list) else default})"
+            spec["help"] += f" (default: {default})"
         self.add_argument(flag, default=default, **spec)
 
     def error(self, message):
@@ -102,6 +95,8 @@ def run(main):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(e).split("\n")), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:                              # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -113,13 +108,10 @@ def pick_device(name=None, local_rank=0):
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name}: expected cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"--device {name}: there are {count} CUDA devices here; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: found {torch.cuda.device_count()} CUDA devices; try --device cpu")
     return device
 
-
-# --- Tokenizer and prompts ----------------------------------------------------------------------------------
 
 PREAMBLE = "Below is an instruction that describes a task"
 REQUEST = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -138,7 +130,7 @@ class Tokenizer:
         except (RuntimeError, TypeError):
             self.size = 0
         if not self.size:
-            raise InputError(f"{name}: not a sentencepiece model or cut short; expected Meta's tokenizer.model")
+            raise InputError(f"{name}: not a sentencepiece model, or cut short; expected Meta's")
         self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
 
     @classmethod
@@ -150,7 +142,7 @@ class Tokenizer:
             raise InputError(f"no tokenizer.model in {folder} or its parent; copy Meta's there")
         tokenizer = cls(path.read_bytes(), path)
         if vocab_size and tokenizer.size > vocab_size:
-            raise InputError(f"{path}: {tokenizer.size} pieces, the model has {vocab_size} rows; is it its own?")
+            raise InputError(f"{path}: {tokenizer.size} pieces, but the model has {vocab_size} rows")
         return tokenizer
 
     def encode(self, text, bos=False, eos=False):
@@ -171,8 +163,6 @@ def prompt_text(example):
     return NO_INPUT + example["instruction"] + RESPONSE
 
 
-# --- Files: Alpaca's format and the four test sets ------------------------------------------------------------
-
 READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Self-Instruct -> its example
     ("instruction", "output"): lambda r: (r["instruction"], r.get("input") or "", r["output"], ""),
     ("text", "category"): lambda r: (r["text"], "", None, r["category"]),
@@ -189,7 +179,7 @@ def read_examples(path):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
-        raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets into data/") from None
+        raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
     whole = text.lstrip().startswith("[")
     pieces = [(1, text)] if whole else [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
     examples = []
@@ -197,16 +187,16 @@ def read_examples(path):
         try:
             rows = json.loads(piece)
         except ValueError as e:
-            raise InputError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg}); expected a list of objects, "
-                             "or one object a line") from None
+            raise InputError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg}); expected a list of "
+                             "objects, or one object a line") from None
         for n, row in enumerate(rows if whole else [rows], 1):
             try:
                 examples.append(read_row(row))
             except (TypeError, KeyError, IndexError):
                 found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
                 where = f"entry {n}" if whole else f"line {line}"
-                raise InputError(f"{path}, {where}: found {found}; expected Alpaca's instruction, input, output "
-                                 "(strings), or a test set's keys") from None
+                raise InputError(f"{path}, {where}: found {found}; expected Alpaca's instruction, input, "
+                                 "output (strings), or a test set's keys") from None
     if not examples:
         raise InputError(f"{path}: empty; expected at least one example")
     return examples
@@ -241,10 +231,9 @@ def fetch(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, part.open("wb") as f:
             size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 16):
-                    f.write(block)
-                    bar.update(len(block))
+            bar = dict(total=size or None, unit="B", unit_scale=True, desc=path.name)
+            with tqdm.wrapattr(f, "write", **bar) as shown:
+                shutil.copyfileobj(reply, shown)
             if size and f.tell() != size:
                 raise OSError(f"{f.tell()} of {size} bytes came")
         read_examples(part)
@@ -255,14 +244,11 @@ def fetch(url, path):
         part.unlink(missing_ok=True)
 
 
-# --- The embedded set: questions made by rule, so that they never run out ------------------------------------
+# --- The embedded set: questions made by rule, so that they never run out ---------------------------------
 
 WORDS = "bat bed box bus cap cat cup dog hat hen jar key map pen pig pot rat sun".split()
 NAMES = "Ann Ben Dan Eve Gus Ian Jon Kim".split()
-COLOURS = "red blue pink tan".split()
 LETTERS = "abcdefghijklmnop"
-
-
 FAMILIES = {  # what stands between the parts of x; the phrasings (after "|" stands the input); the answer
     "echo": (" ", ("Repeat {x}.", "Say {x} again.", "Repeat the words.|Words {x}"), "The words are {y}."),
     "pick": (" ", ("Give words {a} and {b} of {x}.", "Say words {a} and {b} in {x}.",
@@ -285,7 +271,7 @@ FAMILIES = {  # what stands between the parts of x; the phrasings (after "|" sta
 
 
 def question(family, r):
-    """A question of a family, drawn from the random.Random r: x (a list, its input), more fields, answer, level."""
+    """A question of a family, from the random.Random r: x (a list, its input), more fields, answer, level."""
     if family in ("echo", "reverse"):
         x = r.sample(WORDS, r.randint(3, 6))
         return x, {}, x[::-1] if family == "reverse" else x, len(x)
@@ -344,11 +330,8 @@ def train_tokenizer(vocab_size=512):
     return Tokenizer(model.getvalue())
 
 
-# --- Batches ------------------------------------------------------------------------------------------------
-
-
 def tokenize(examples, tokenizer, max_len, note=print):
-    """[(ids, number of prompt ids)]. Long responses are cut, prompts that fill max_len dropped, and counted."""
+    """[(ids, number of prompt ids)]; long responses are cut, prompts that fill max_len dropped, and counted."""
     rows, cut = [], 0
     for e in tqdm(examples, desc="tokenize", leave=False, disable=None, mininterval=1):
         prompt = tokenizer.encode(prompt_text(e), bos=True)
@@ -368,13 +351,13 @@ def tokenize(examples, tokenizer, max_len, note=print):
 def batches(rows, batch_size, seed, epoch, window):
     """One epoch: every row's index once, in batches of rows of like length, in seeded order.
 
-    Rows are shuffled, sorted by length within windows of `window` batches (1: not sorted), and the batches
+    Rows are shuffled, sorted by length within windows of `window` batches (1: as they come), and the batches
     shuffled again.  A pure function of its arguments: a resumed run and any number of ranks see the same.
     """
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     span = batch_size * window
-    for i in range(0, len(order) if window > 1 else 0, span):
+    for i in range(0, len(order), span):
         order[i:i + span] = sorted(order[i:i + span], key=lambda j: len(rows[j][0]))
     cuts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     r.shuffle(cuts)
@@ -382,7 +365,7 @@ def batches(rows, batch_size, seed, epoch, window):
 
 
 def share(batch, rank, world, micro):
-    """This rank's micro-batches of a global batch: equally many on all ranks (as DDP needs), some maybe empty."""
+    """This rank's micro-batches of a global batch: as many on all ranks (DDP needs it), some perhaps empty."""
     mine = batch[rank::world]
     return [mine[i:i + micro] for i in range(0, len(batch[::world]), micro)]
 
@@ -402,16 +385,15 @@ def collate(rows, device="cpu"):
 
 
 def main():
+    """Fetch the data, or show the embedded set."""
     parser = Parser(__doc__)
     parser.add("--out", "data", help="folder to fetch into")
     parser.add("--base", "https://raw.githubusercontent.com", metavar="URL", help="GitHub, or a mirror")
     parser.add("--show", type=int, metavar="N", help="print N examples of the embedded set instead")
     args = parser.parse_args()
-    if args.show:
-        for e in embedded(args.show, split="test"):
-            print(f"[{e['group']}]  {e['instruction']}  {e['input']}\n    {e['output']}")
-        return
-    for name, place in SOURCES.items():
+    for e in embedded(args.show or 0, split="test"):
+        print(f"[{e['group']}]  {e['instruction']}  {e['input']}\n    {e['output']}")
+    for name, place in SOURCES.items() if not args.show else ():
         fetch(f"{args.base}/{place}", Path(args.out) / name)
 
 

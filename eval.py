@@ -6,8 +6,8 @@
 
 First, teacher-forced, the loss and accuracy of every exit.  Then greedy generation at full depth, with each
 --threshold, and with the first n layers alone.  *Agreement* is the share of generated positions after the first
-at which the token is the one that an exact full-depth pass over the same prefix puts first, while generation ran
-on the K and V that early exit left behind.  Intervals are 95 %, clustered by prompt, for the tokens of a prompt
+at which the token is the one that an exact full-depth pass over the same prefix puts first, while generation
+ran on the K and V that early exit left behind.  Intervals are 95 %, clustered by prompt: the tokens of a prompt
 are not independent.
 """
 import copy
@@ -57,8 +57,8 @@ def agrees(model, a):
 def rate(hits, counts):
     """sum(hits) / sum(counts) over prompts, with its interval: [rate, low, high, n].
 
-    Wilson's interval, for as many independent draws as would vary like the prompts do (the linearised variance
-    of a ratio of sums); where nothing varies, for as many as there are prompts.
+    Wilson's interval, for as many independent draws as would vary like the prompts do (the linearised
+    variance of a ratio of sums); where nothing varies, for as many as there are prompts.
     """
     pairs = [(h, c) for h, c in zip(hits, counts) if c]
     n, g = sum(c for _, c in pairs), len(pairs)
@@ -83,10 +83,9 @@ def measure(model, tokenizer, examples, settings, args):
         prompt = tokenizer.encode(prompt_text(e), bos=True)
         for name, (n, thresholds) in settings.items():
             a = answer(models[n], tokenizer, prompt, args, thresholds)
-            text = tokenizer.decode(a.tokens, prompt)
-            exact = None if e["output"] is None else text.strip() == e["output"].strip()
-            record = dict(exits=a.exits[1:], agrees=agrees(model, a), exact=exact, seconds=a.decode)
-            records[name].append(record)
+            text = tokenizer.decode(a.tokens, prompt).strip()
+            right = None if e["output"] is None else text == e["output"].strip()
+            records[name].append(dict(exits=a.exits[1:], agrees=agrees(model, a), exact=right, seconds=a.decode))
     return records
 
 
@@ -105,7 +104,8 @@ def summarise(records, full, n_layers):
         gaps = [r["exact"] - f["exact"] for r, f in zip(records, full)]          # paired, prompt by prompt
         mean = sum(gaps) / len(gaps)
         spread = math.sqrt(sum((x - mean) ** 2 for x in gaps) / max(1, len(gaps) - 1) / len(gaps))
-        row["exact"], row["exact_gap"] = rate([r["exact"] for r in records], [1] * len(gaps)), [mean, 1.96 * spread]
+        row["exact"] = rate([r["exact"] for r in records], [1] * len(gaps))
+        row["exact_gap"] = [mean, 1.96 * spread]
     return row
 
 
@@ -124,7 +124,7 @@ def by_group(records, examples):
 def evaluate(model, tokenizer, lite, examples, args):
     """Everything, as one dict: what --json prints and `show` lays out."""
     L = model.args.n_layers
-    rules = {t: exit_rule(t, args.exits, lite, L) for t in ["1", *args.threshold]}
+    rules = {",".join(f"{x:g}" for x in t): exit_rule(t, args.exits, lite, L) for t in [[1], *args.threshold]}
     if "thresholds" in lite:
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
     exits = list(rules["1"])
@@ -160,7 +160,8 @@ def show(result):
         gap = "{:+.1f} ±{:.1f}".format(*(100 * x for x in r["exact_gap"])) if "exact" in r else "-"
         print(f"{name:>18} {r['layers']:>7.2f} {percent(r['saved']):>8} {agreement:>18} {early:>18} "
               f"{exact:>18} {gap:>12} {r['tokens_per_second']:>6.0f} {r['speedup']:>5.2f}x")
-    print(f"{result['prompts']} prompts; {result['sweep']['1']['agreement'][3]} tokens after the first at full depth")
+    tokens = result["sweep"]["1"]["agreement"][3]
+    print(f"{result['prompts']} prompts, {tokens} tokens after their first at full depth")
     if len(result["groups"]) > 1:
         names = "".join(f"{name:>16}" for name in result["sweep"])
         print(f"\nexact match % / mean layers\n{'group':>16} {'n':>5}{names}")
@@ -174,8 +175,8 @@ def main():
     parser = Parser(__doc__)
     parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
-    parser.add("--threshold", ["0.95", "0.9", "0.8", "0.6", "0"], nargs="*", help="settings to compare with "
-               "full depth, each one number for all exits or one per exit, comma-separated")
+    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="what to compare with full "
+               "depth: each one number for all exits, or one per exit with commas")
     parser.add("--max-new-tokens", 128)
     for flag in ("--limit", "--exits", "--dtype", "--device", "--json"):
         parser.add(flag)

@@ -8,11 +8,9 @@
 A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit,
 the head that all layers share is asked for its most probable token.  If that probability exceeds the exit's
 threshold, the token is emitted and the layers above are skipped; what they would have left in the KV cache is
-made later, if anyone needs it, from the state the token left with (`decode_one`).  Batch 1: each token goes its
-own way.
+made later, if anyone needs it, from the state the token left with (`decode_one`).  Batch 1, always.
 """
 import json
-import math
 import os
 import sys
 import time
@@ -36,9 +34,10 @@ def decode_one(model, token, pos, cache, left, debt_from, thresholds):
     token   the id at position pos; its successor is what the logits are for
     cache   (L, 2, 1, K, S, E); layer i holds K and V of the positions below debt_from[i]
     left    (1, S, D), the state with which each position left the network
-    Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1 and makes
-    them from those tokens' exit states when a token next comes by, in the same matrix product.  The positions
-    owed are always the latest: one number per layer keeps the account.  A layer nobody visits again never pays.
+    Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1, and
+    makes them from those tokens' exit states when a token next comes by, in the same matrix product.  What it
+    owes is always the latest positions: one number per layer keeps the account, and a layer that nobody visits
+    again never pays.
     Returns logits (V,) and the number of layers run.
     """
     h = model.tok_embeddings(torch.tensor([[token]], device=left.device))                    # (1, 1, D)
@@ -103,21 +102,17 @@ class Answer:
 
 def answer(model, tokenizer, prompt, args, thresholds, rng=None, each=lambda answer: None):
     """Generate to the end, keep the books, call each(answer) after every token. Returns the Answer."""
-    a, clock = Answer(check_prompt(prompt, model)), time.perf_counter()
+    a = Answer(check_prompt(prompt, model))
     room = min(args.max_new_tokens, model.args.max_seq_len - len(prompt))
-    how = (args.temperature, args.top_p, rng, tokenizer.eos)
+    how, clock = (args.temperature, args.top_p, rng, tokenizer.eos), time.perf_counter()
     for token, depth in generate(model, prompt, room, thresholds, *how):
+        seconds = time.perf_counter() - clock            # of generate alone, not of each()
+        a.prefill, a.decode = (a.prefill, a.decode + seconds) if a.tokens else (seconds, 0.0)
         a.tokens.append(token)
         a.exits.append(depth)
-        now = time.perf_counter()
-        if len(a.tokens) == 1:
-            a.prefill, clock = now - clock, now
-        a.decode = now - clock
         each(a)
+        clock = time.perf_counter()
     return a
-
-
-# --- The command --------------------------------------------------------------------------------------------
 
 
 def exit_rule(threshold, exits, lite, n_layers):
@@ -126,27 +121,21 @@ def exit_rule(threshold, exits, lite, n_layers):
     if threshold is None:
         return stored if exits is None else {n: stored.get(n, 1.0) for n in check_exits(exits, n_layers)}
     exits = check_exits(exits or lite.get("exits") or default_exits(n_layers), n_layers)
-    try:
-        values = [float(x) for x in threshold.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(0 <= x <= 1 for x in values):
-        raise InputError(f"--threshold {threshold}: expected numbers from 0 to 1, separated by commas")
-    if len(values) not in (1, len(exits)):
-        raise InputError(f"--threshold {threshold}: {len(values)} numbers for {len(exits)} exits "
+    if len(threshold) not in (1, len(exits)):
+        raise InputError(f"--threshold: {len(threshold)} numbers for {len(exits)} exits "
                          f"({','.join(map(str, exits))}); give one for all or one each")
-    return dict(zip(exits, values * len(exits) if len(values) == 1 else values))
+    return dict(zip(exits, threshold * len(exits) if len(threshold) == 1 else threshold))
 
 
 def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
-    folder = args.ckpt
-    if folder is None:
-        folder = "out" if Path("out/latest").exists() else str(Path(__file__).parent / "tiny")
-        print(f"no --ckpt given: using {Path(folder).name}/", file=sys.stderr)
+    folder, device = Path(args.ckpt or "out"), pick_device(args.device)
+    if args.ckpt is None:
+        folder = folder if (folder / "latest").exists() else Path(__file__).parent / "tiny"
+        print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
     folder = find_checkpoint(folder)
-    device = pick_device(args.device)
-    model = load_meta(folder, args.dtype and getattr(torch, args.dtype), device).eval()
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    model = load_meta(folder, getattr(torch, dtype), device)
     lite = read_lite(folder)
     check_exits(lite.get("exits", []), model.args.n_layers)
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
@@ -173,19 +162,15 @@ class Painter:
             print(self.tint(text[self.shown:], a.exits[-1]), end="", flush=True)
             self.shown = max(self.shown, len(text))
 
-    def legend(self, depths):
-        """The tints and what they mean, in one line."""
-        return "left after layer: " + "  ".join(self.tint(str(n), n) for n in depths) + " (all)"
-
 
 def summary(answers, n_layers):
     """One line on tokens, depth and time of some answers."""
     depths = [n for a in answers for n in a.exits]
-    decoded, seconds = sum(len(a.tokens) - 1 for a in answers), sum(a.decode for a in answers)
-    shares = ", ".join(f"{n}: {depths.count(n) / len(depths):.0%}" for n in sorted(set(depths)))
-    prefill, speed = sum(a.prefill for a in answers), decoded / max(seconds, 1e-9)
-    return (f"{len(depths)} tokens, {sum(depths) / len(depths):.1f} of {n_layers} layers on average ({shares}); "
-            f"prefill {prefill:.2f} s, decode {speed:.0f} tokens/s")
+    mean, shares = sum(depths) / len(depths), {n: depths.count(n) / len(depths) for n in sorted(set(depths))}
+    prefill, decode = sum(a.prefill for a in answers), max(1e-9, sum(a.decode for a in answers))
+    return (f"{len(depths)} tokens, {mean:.1f} of {n_layers} layers on average ("
+            f"{', '.join(f'{n}: {x:.0%}' for n, x in shares.items())}); prefill {prefill:.2f} s, decode "
+            f"{(len(depths) - len(answers)) / decode:.0f} tokens/s")
 
 
 def parse_args():
@@ -209,11 +194,11 @@ def main():
     examples += [e for path in args.data or [] for e in read_examples(path)]
     if not examples and args.raw is None:
         examples = embedded(args.limit or 6, split="test")
+    texts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples[:args.limit]]
+    texts += [(args.raw, args.raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
-    prompts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples[:args.limit]]
-    prompts += [(args.raw, args.raw)] if args.raw is not None else []
-    prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in prompts]
+    prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in texts]
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
     if args.json:
         answers = [answer(model, tokenizer, ids, args, thresholds, rng) for _, ids in prompts]
@@ -222,8 +207,9 @@ def main():
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
         return
     painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    how = "thresholds " + ", ".join(f"{n}: {t:g}" for n, t in thresholds.items()) if thresholds else "full depth"
-    print(f"{how}; {painter.legend([*thresholds, L])}", file=sys.stderr)
+    how = ", ".join(f"{n}: {t:g}" for n, t in thresholds.items()) or "none, full depth"
+    legend = "  ".join(painter.tint(str(n), n) for n in [*thresholds, L])
+    print(f"thresholds {how}; left after layer: {legend} (all)", file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -76,10 +76,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear without a bias or a first value: every weight here is loaded or drawn by init_weights."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    """nn.Linear without first values: every weight here is loaded, or drawn by init_weights."""
 
     def reset_parameters(self):
         pass
@@ -107,13 +104,13 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
         self.head_dim = args.dim // args.n_heads
         self.rope = (args.max_seq_len, self.head_dim, args.rope_theta)
-        self.wq = Linear(args.dim, self.n_heads * self.head_dim)
-        self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim)
-        self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim)
-        self.wo = Linear(self.n_heads * self.head_dim, args.dim)
+        self.wq = Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = Linear(self.n_heads * self.head_dim, args.dim, bias=False)
 
     def rotate(self, x, pos):
-        """x (B, T, heads, E) at positions pos..: turns each pair (2j, 2j+1), as Meta does, as a complex number."""
+        """x (B, T, heads, E) at positions pos..: turns each pair (2j, 2j+1), as Meta does, in the complex plane."""
         pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))                     # (B, T, heads, E/2)
         turned = pairs * rope_table(*self.rope, x.device)[pos:pos + x.size(1)]
         return torch.view_as_real(turned).flatten(-2).type_as(x)
@@ -147,9 +144,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.w1 = Linear(args.dim, args.ffn_dim)
-        self.w2 = Linear(args.ffn_dim, args.dim)
-        self.w3 = Linear(args.dim, args.ffn_dim)
+        self.w1 = Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -184,7 +181,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=empty)
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = Linear(args.dim, args.vocab_size)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
 
     def init_weights(self):
         """To train from nothing: variance 1 / D, and 1 / (2 L D) where a matrix writes into the residual."""
@@ -271,11 +268,10 @@ def read_lite(folder):
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds = lite.get("exits", []), lite.get("thresholds", {})
-    if not isinstance(exits, list) or not all(type(n) is int for n in exits):
-        raise InputError(f"{path}: exits is {exits!r}, expected a list of layer numbers")
-    if not isinstance(thresholds, dict) or not all(
-            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
-        raise InputError(f"{path}: thresholds is {thresholds!r}, expected numbers from 0 to 1 by exit layer")
+    if not (isinstance(exits, list) and all(type(n) is int for n in exits) and isinstance(thresholds, dict) and all(
+            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items())):
+        raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers, and numbers "
+                         "from 0 to 1 by layer")
     return lite
 
 
@@ -283,10 +279,9 @@ def read_args(folder):
     """ModelArgs from params.json (and the context length from lite.json), each value checked."""
     path, known = Path(folder) / "params.json", {f.name: f for f in fields(ModelArgs)}
     params = read_json(path)
-    if odd := sorted(params.keys() - known.keys()):
-        raise InputError(f"{path}: unknown {', '.join(odd)}; a LLaMA-2 model has only {', '.join(known)}")
-    if missing := sorted({"dim", "n_layers", "n_heads"} - params.keys()):
-        raise InputError(f"{path}: {', '.join(missing)} missing")
+    odd = [f"{k} is unknown" for k in params if k not in known]
+    if odd := odd + [f"{k} is missing" for k in ("dim", "n_layers", "n_heads") if k not in params]:
+        raise InputError(f"{path}: {', '.join(odd)}; LLaMA-2 has {', '.join(known)}")
     params["max_seq_len"] = read_lite(folder).get("max_seq_len", ModelArgs.max_seq_len)
     for name, value in params.items():
         if value is None and known[name].default is None or name == "vocab_size" and value == -1:
@@ -308,14 +303,14 @@ def read_weights(folder):
     if not paths:
         raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
     if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
-        raise InputError(f"{folder}: found {paths[-1].name}, but {len(paths)} shard(s) in all: fetch the rest")
+        raise InputError(f"{folder}: {paths[-1].name} but {len(paths)} shard(s) in all: fetch the rest")
     for path in paths:
         try:                             # weights_only: tensors and nothing else; code in a pickle is not run
             if path.open("rb").read(2) != b"PK":
                 raise pickle.UnpicklingError
             shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except pickle.UnpicklingError:
-            raise InputError(f"{path}: refused, not an archive of tensors alone (a pickle can run code)") from None
+            raise InputError(f"{path}: refused, it holds more than tensors (pickles can run code)") from None
         except (OSError, RuntimeError, EOFError, ValueError) as e:
             raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
         if not isinstance(shards[-1], dict) or {type(w) for w in shards[-1].values()} != {torch.Tensor}:
@@ -324,14 +319,12 @@ def read_weights(folder):
         raise InputError(f"{folder}: the shards hold different keys; are they from one model?")
     if len(shards) == 1:
         return shards[0]
-    return {key: merge(key, [s.pop(key) for s in shards]) for key in list(shards[0])}
-
-
-def merge(key, parts):
-    """One tensor from its model-parallel parts: joined by columns where the input was split, else by rows."""
-    if parts[0].dim() == 1:
-        return parts[0]
-    return torch.cat(parts, dim=1 if key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")) else 0)
+    merged = {}
+    for key in list(shards[0]):                          # split by columns where the input was, else by rows
+        parts = [s.pop(key) for s in shards]
+        by_column = key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))
+        merged[key] = parts[0] if parts[0].dim() == 1 else torch.cat(parts, dim=int(by_column))
+    return merged
 
 
 def load_meta(folder, dtype=None, device="cpu"):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from data import (Parser, Tokenizer, batches, collate, embedded, number, pick_device, read_examples, run,
-                  series, share, tokenize, train_tokenizer)
+                  share, tokenize, train_tokenizer)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, save_meta, wide)
@@ -49,6 +50,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.params = [p for group in self.param_groups for p in group["params"]]
 
     def state_of(self, p):
         """master, m and v of p (its shape; fp32 or wider) and the number of steps it has made."""
@@ -71,18 +73,14 @@ class AdamW(torch.optim.Optimizer):
             for p, master in zip(params, masters):
                 p.copy_(master)
 
-    def params(self):
-        """All parameters, in a fixed order."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     def save_state(self):
-        """The states of all parameters, in order."""
-        return [self.state_of(p) for p in self.params()]
+        """The states of all parameters, in their order."""
+        return [self.state_of(p) for p in self.params]
 
     @torch.no_grad()
     def load_state(self, states):
         """Take over what save_state gave. (torch's load_state_dict casts masters to the weights' dtype.)"""
-        for p, saved in zip(self.params(), states, strict=True):
+        for p, saved in zip(self.params, states, strict=True):
             p.copy_(saved["master"])
             for key, t in self.state_of(p).items():
                 t.copy_(saved[key])
@@ -107,11 +105,10 @@ def gradients(model, rows, batch, args, rank=0, world=1):
     It is one mean over all response tokens of the batch, however this is cut into ranks and micro-batches:
     each part adds its sum / count.  DDP averages gradients over the ranks, hence `* world`.
     """
-    device = next(model.parameters()).device
     count = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch))
     total = 0
     for part in share(batch, rank, world, args.micro_batch_size):
-        losses = model(*collate([rows[i] for i in part], device), args.exits)
+        losses = model(*collate([rows[i] for i in part], next(model.parameters()).device), args.exits)
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
         total = total + losses.detach()
     if world > 1:
@@ -121,16 +118,18 @@ def gradients(model, rows, batch, args, rank=0, world=1):
 
 def save(out, step, model, optimizer, tokenizer, args):
     """Write out/step-N whole or not at all, let out/latest point to it, keep the newest two."""
-    folder, tmp, link = out / f"step-{step}", out / f".step-{step}.tmp", out / ".latest.tmp"
-    for old in out.glob(".*.tmp"):
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    if not folder.exists():
-        tmp.mkdir(parents=True)
-        save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
-        torch.save(dict(step=step, args=vars(args), optimizer=optimizer.save_state()), tmp / "trainer.pt")
-        tmp.rename(folder)
+    folder, tmp = out / f"step-{step}", out / f".step-{step}.tmp"
+    link, latest = out / ".latest.tmp", out / "latest"
+    if latest.is_symlink() and latest.readlink().name == folder.name:
+        return                                           # a resumed run is where it was
+    for old in (folder, *out.glob(".*.tmp")):            # what a killed process left
+        shutil.rmtree(old, ignore_errors=True) if not old.is_symlink() else old.unlink()
+    tmp.mkdir()
+    save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
+    torch.save(dict(step=step, args=vars(args), optimizer=optimizer.save_state()), tmp / "trainer.pt")
+    tmp.rename(folder)
     link.symlink_to(folder.name)
-    link.replace(out / "latest")
+    link.replace(latest)
     for old in sorted(out.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
         shutil.rmtree(old)
 
@@ -149,8 +148,8 @@ def parse_args():
     parser.add("--out", "out")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--exits")
-    parser.add("--weights", metavar="W,W..", type=series(float), help="of the losses of the exits and the last "
-               "layer (default: all 1)")
+    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the exits' and the last layer's losses "
+               "(default: all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: no exits, the last layer's loss alone")
     parser.add("--layers", type=number(int, 1), metavar="N", help="depth of a model from nothing "
                f"(default: {TINY.n_layers})")
@@ -163,14 +162,13 @@ def parse_args():
     add("--max-len", "tokens an example may have; longer responses are cut")
     add("--dtype", "of weights and gradients; the optimizer keeps fp32 copies")
     add("--val", "examples held out for the validation loss", type=number(int, 1), metavar="N")
-    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of the steps with a rising "
-               "learning rate")
+    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of the steps in which the "
+               "learning rate rises")
     parser.add("--clip", 1.0, type=number(float, 0), metavar="X", help="largest norm of the gradient")
-    parser.add("--save-every", type=number(int, 1), metavar="N", help="steps between saves (default: a fifth)")
-    parser.add("--activation-checkpointing", action="store_true", help="keep a state per layer, recompute more")
-    parser.add("--limit")
-    parser.add("--seed", 0)
-    parser.add("--device")
+    parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
+    parser.add("--activation-checkpointing", action="store_true", help="recompute, to save memory")
+    for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
+        parser.add(flag, default)
     return parser.parse_args()
 
 
@@ -180,13 +178,17 @@ def resolve(args):
     if not args.resume:
         if (out / "latest").exists():
             raise InputError(f"--out {out} holds a run: go on with --resume, or start anew in another --out")
-        if out.exists() and (not out.is_dir() or any(p.name != "log.jsonl" for p in out.iterdir())):
+        ours = re.compile(r"log\.jsonl|step-\d+|\..*\.tmp")       # of a run that died before its first save
+        if out.exists() and not (out.is_dir() and all(ours.fullmatch(p.name) for p in out.iterdir())):
             raise InputError(f"--out {out} exists and is not a run of train.py; choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
         return None
-    saved = torch.load(find_checkpoint(out) / "trainer.pt", map_location="cpu", weights_only=True)
+    path = find_checkpoint(out) / "trainer.pt"
+    if not path.exists():
+        raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     given = {flag[2:].split("=")[0].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
     for key in sorted(given - {"resume", "out", "device"}):
         if key in saved["args"] and getattr(args, key) != saved["args"][key]:
@@ -197,7 +199,7 @@ def resolve(args):
 
 
 def load_examples(args):
-    """Training and validation examples: the embedded set, made to measure, or --data less --val of its own."""
+    """Training and validation examples: the embedded set, made to measure, or --data, --val of it apart."""
     if not args.ckpt and not args.data:
         return embedded(args.steps * args.batch_size, args.seed), embedded(args.val, split="test")
     paths = args.data or ["data/alpaca_data.json"]
@@ -205,7 +207,7 @@ def load_examples(args):
     if any(e["output"] is None for e in examples):
         raise InputError(f"{' '.join(paths)}: examples without an output; training needs Alpaca's format")
     if len(examples) <= args.val:
-        raise InputError(f"{' '.join(paths)}: {len(examples)} examples, no more than the --val {args.val} held out")
+        raise InputError(f"{' '.join(paths)}: {len(examples)} examples, not enough to hold out --val {args.val}")
     random.Random(0).shuffle(examples)
     return examples[args.val:], examples[:args.val]
 
@@ -227,8 +229,8 @@ def build(args, device):
     exits = [] if args.no_lite else default_exits(L) if args.exits is None else args.exits
     args.exits = check_exits(exits, L)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
-    if len(args.weights) != len(exits) + 1 or min(args.weights) < 0 or not sum(args.weights):
-        raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1} numbers from 0 up, for "
+    if len(args.weights) != len(exits) + 1 or not sum(args.weights):
+        raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1} numbers, not all 0, for "
                          f"exits {exits} and the last layer")
     if args.max_len > model.args.max_seq_len:
         raise InputError(f"--max-len {args.max_len}: the model's context is {model.args.max_seq_len} tokens")
@@ -236,13 +238,14 @@ def build(args, device):
 
 
 def main():
+    """Set the run up, in the order in which a mistake shows soonest, and train."""
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     note = tqdm.write if rank == 0 else (lambda text: None)
     saved = resolve(args)
     torch.manual_seed(args.seed)
-    examples = load_examples(args)                       # before the weights: a wrong path should show at once
+    examples = load_examples(args)
     model, tokenizer = build(args, device)
     optimizer = optimizer_for(model, args)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
@@ -269,10 +272,15 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
-        halt = agree(stop, world, next(model.parameters()).device)
+        halt = torch.tensor(max(stop, default=0), device=model.output.weight.device)
+        if world > 1:
+            dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
+        halt = halt.item()
         if halt or step % args.save_every == 0 or step == args.steps:
-            losses, _ = exit_losses(model, val, args.exits, args.micro_batch_size)
-            note(f"step {step}: validation loss " + ", ".join(f"{n} {x:.3f}" for n, x in zip(layers, losses)))
+            losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
+            check_finite(losses, step, out)
+            note(f"step {step}: validation loss (tokens right) " + ", ".join(
+                f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip(layers, losses, right)))
             print(json.dumps(dict(step=step, validation=losses)), file=log)
             if rank == 0:
                 save(out, step, model, optimizer, tokenizer, args)
@@ -285,15 +293,13 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
             group["lr"] = learning_rate(step, args)
         losses = gradients(ddp, rows, batch, args, rank, world).tolist()           # waits for the device
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-        if not math.isfinite(sum(losses) + norm):
-            raise InputError(f"step {step + 1}: loss {losses}, gradient norm {norm}; stopped. {out}/latest is "
-                             "the last good save: train from it with --ckpt, a smaller --lr and another --out")
+        check_finite([*losses, norm], step + 1, out)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
-        print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens, seconds=seconds)),
-              file=log)
+        print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens,
+                              seconds=seconds)), file=log)
         shown = " ".join(f"{n}: {x:.2f}" for n, x in zip(layers, losses))
         bar.set_postfix_str(f"loss at {shown}, {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
@@ -304,6 +310,13 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     note(f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
 
 
+def check_finite(values, step, out):
+    """Stop the run, on all ranks alike, if a loss or the gradient's norm is not a number any more."""
+    if not math.isfinite(sum(values)):
+        raise InputError(f"step {step}: loss or gradient is not finite ({values}). {out}/latest is the last "
+                         "good save: train from it with --ckpt, a smaller --lr and another --out")
+
+
 def open_log(path, step):
     """log.jsonl to append to, without what was logged after the save that a run resumes from."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,14 +324,6 @@ def open_log(path, step):
     path.with_name(".log.tmp").write_text("".join(kept))
     path.with_name(".log.tmp").replace(path)
     return path.open("a", buffering=1)                   # a line at a time
-
-
-def agree(stop, world, device):
-    """The signal that any rank caught, or 0: the same answer on all ranks."""
-    caught = torch.tensor(max(stop, default=0), device=device)
-    if world > 1:
-        dist.all_reduce(caught, dist.ReduceOp.MAX)
-    return caught.item()
 
 
 if __name__ == "__main__":

@@ -202,6 +202,15 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(tmp_path, sig, n):
     assert torch.load(out / saved / "trainer.pt", weights_only=True)["step"] == int(saved[5:])
 
 
+def test_a_run_killed_in_its_first_save_starts_anew(tmp_path):
+    for folder in ("step-0", ".step-0.tmp"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+        (tmp_path / "run" / folder / "params.json").write_text("half")
+    train(*TINY, "--steps", 1, "--out", tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "log.jsonl", "step-0", "step-1"]
+    assert load_meta(tmp_path / "run/step-0").args.dim > 0
+
+
 def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
     run = straight / "one"
     for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), ([], "--resume")):
@@ -213,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
     done = train(*TINY, "--lr", "1e30", "--clip", "1e30", "--out", tmp_path / "run", check=False)
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"error: step [2-6]: loss", line) and "last good save" in line
+    assert re.match(r"error: step [1-6]: loss", line) and "last good save" in line
     assert all(torch.isfinite(p).all() for p in load_meta(tmp_path / "run").parameters())
 
 
@@ -244,7 +253,7 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monke
     out.mkdir()
     T.save(out, 1, model, optimizer, tokenizer, args)
     original = torch.save
-    monkeypatch.setattr(torch, "save", lambda obj, path: original(obj, path) if "consolidated" in str(path) else 1 / 0)
+    monkeypatch.setattr(torch, "save", lambda obj, path: original(obj, path) if "consolidated" in str(path) else 1 / 0)    # noqa
     with pytest.raises(ZeroDivisionError):
         T.save(out, 2, model, optimizer, tokenizer, args)
     assert os.readlink(out / "latest") == "step-1" and not (out / "step-2").exists()
