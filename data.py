@@ -4,8 +4,8 @@
     python data.py --show 10       # print ten examples of the embedded set, which needs no download
 
 An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family
-or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set asks questions
-whose answers need different amounts of computation: that is what early exit lives on.
+or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set asks
+questions whose answers need different amounts of computation: early exit lives on that.
 """
 import argparse
 import io
@@ -36,8 +36,8 @@ def number(kind, low, high=math.inf, many=False):
         except ValueError:
             values = []
         if not values or not all(low <= x <= high for x in values) or not many and len(values) > 1:
-            span = f"from {low}" + (f" to {high}" if high < math.inf else " up")
-            raise argparse.ArgumentTypeError(f"{text} given; expected {kind.__name__}{'s, commas,' * many} {span}")
+            span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
+            raise argparse.ArgumentTypeError(f"{text} given; expected {span}")
         return values if many else values[0]
     return parse
 
@@ -47,14 +47,14 @@ FLAGS = {
                    "tokenizer.model) or an output folder of train.py"),
     "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
     "--out": dict(metavar="DIR", help="folder to write the run to"),
-    "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="exit layers, in blocks run (default: the "
-                    "checkpoint's, else every 4th from 8, or every 2nd in a model of fewer than 16 layers)"),
+    "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
+                    "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
     "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="leave at an exit whose "
-                        "confidence is greater than this: one for all exits or one each; 0 leaves at the first, "
-                        "1 never (default: the checkpoint's, else 1)"),
+                        "confidence is greater than this, one for all exits or one each: 0 leaves at the "
+                        "first, 1 never (default: the checkpoint's, else 1)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
     "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
-    "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else logits are divided by it"),
+    "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else it divides the logits"),
     "--top-p": dict(type=number(float, 1e-9, 1), metavar="X",
                     help="sample from the likeliest tokens that together hold this share of probability"),
     "--seed": dict(type=int, metavar="N", help="of everything random"),
@@ -76,9 +76,7 @@ class Parser(argparse.ArgumentParser):
     def add(self, flag, default=None, **more):
         """Add a flag: its meaning comes from FLAGS unless given here, its default is the script's."""
         spec = {**FLAGS.get(flag, {}), **more}
-        if spec.get("action") == "store_true":
-            default = False
-        elif default is not None:
+        if default is not None:
             spec["help"] += f" (default: {default})"
         self.add_argument(flag, default=default, **spec)
 
@@ -180,9 +178,8 @@ def read_examples(path):
     except (OSError, UnicodeDecodeError) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
         raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
-    whole = text.lstrip().startswith("[")
+    whole, examples = text.lstrip().startswith("["), []
     pieces = [(1, text)] if whole else [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
-    examples = []
     for line, piece in pieces:
         try:
             rows = json.loads(piece)
@@ -223,7 +220,6 @@ SOURCES = {  # file in data/ -> its place on GitHub
 
 def fetch(url, path):
     """Download url to path, whole and readable or not at all; a file that is there already is left alone."""
-    path = Path(path)
     if path.exists():
         return print(f"{path}: already there")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +327,7 @@ def train_tokenizer(vocab_size=512):
 
 
 def tokenize(examples, tokenizer, max_len, note=print):
-    """[(ids, number of prompt ids)]; long responses are cut, prompts that fill max_len dropped, and counted."""
+    """[(ids, number of prompt ids)]; long responses are cut, prompts that fill max_len dropped, aloud."""
     rows, cut = [], 0
     for e in tqdm(examples, desc="tokenize", leave=False, disable=None, mininterval=1):
         prompt = tokenizer.encode(prompt_text(e), bos=True)
@@ -365,7 +361,7 @@ def batches(rows, batch_size, seed, epoch, window):
 
 
 def share(batch, rank, world, micro):
-    """This rank's micro-batches of a global batch: as many on all ranks (DDP needs it), some perhaps empty."""
+    """This rank's micro-batches of a global batch: as many on all ranks (DDP needs it), some maybe empty."""
     mine = batch[rank::world]
     return [mine[i:i + micro] for i in range(0, len(batch[::world]), micro)]
 

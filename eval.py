@@ -5,10 +5,10 @@
     python eval.py --json > results.json
 
 First, teacher-forced, the loss and accuracy of every exit.  Then greedy generation at full depth, with each
---threshold, and with the first n layers alone.  *Agreement* is the share of generated positions after the first
-at which the token is the one that an exact full-depth pass over the same prefix puts first, while generation
-ran on the K and V that early exit left behind.  Intervals are 95 %, clustered by prompt: the tokens of a prompt
-are not independent.
+--threshold, and with the first n layers alone.  *Agreement* is the share of generated positions after the
+first at which the token is the one that an exact full-depth pass over the same prefix puts first, while
+generation ran on the K and V that early exit left behind.  Intervals are 95 %, clustered by prompt: the
+tokens of a prompt are not independent.
 """
 import copy
 import json
@@ -83,9 +83,9 @@ def measure(model, tokenizer, examples, settings, args):
         prompt = tokenizer.encode(prompt_text(e), bos=True)
         for name, (n, thresholds) in settings.items():
             a = answer(models[n], tokenizer, prompt, args, thresholds)
-            text = tokenizer.decode(a.tokens, prompt).strip()
-            right = None if e["output"] is None else text == e["output"].strip()
-            records[name].append(dict(exits=a.exits[1:], agrees=agrees(model, a), exact=right, seconds=a.decode))
+            text, want = tokenizer.decode(a.tokens, prompt).strip(), e["output"]
+            records[name].append(dict(exits=a.exits[1:], agrees=agrees(model, a), seconds=a.decode,
+                                      exact=None if want is None else text == want.strip()))
     return records
 
 
@@ -160,8 +160,7 @@ def show(result):
         gap = "{:+.1f} ±{:.1f}".format(*(100 * x for x in r["exact_gap"])) if "exact" in r else "-"
         print(f"{name:>18} {r['layers']:>7.2f} {percent(r['saved']):>8} {agreement:>18} {early:>18} "
               f"{exact:>18} {gap:>12} {r['tokens_per_second']:>6.0f} {r['speedup']:>5.2f}x")
-    tokens = result["sweep"]["1"]["agreement"][3]
-    print(f"{result['prompts']} prompts, {tokens} tokens after their first at full depth")
+    print(f"{result['prompts']} prompts; {sum(result['sweep']['1']['exits'].values())} tokens at full depth")
     if len(result["groups"]) > 1:
         names = "".join(f"{name:>16}" for name in result["sweep"])
         print(f"\nexact match % / mean layers\n{'group':>16} {'n':>5}{names}")

@@ -35,9 +35,8 @@ def decode_one(model, token, pos, cache, left, debt_from, thresholds):
     cache   (L, 2, 1, K, S, E); layer i holds K and V of the positions below debt_from[i]
     left    (1, S, D), the state with which each position left the network
     Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1, and
-    makes them from those tokens' exit states when a token next comes by, in the same matrix product.  What it
-    owes is always the latest positions: one number per layer keeps the account, and a layer that nobody visits
-    again never pays.
+    makes them from those tokens' exit states when a token next comes by, in the same matrix product.  It
+    always owes the latest positions, so a number per layer keeps the account; unvisited, it never pays.
     Returns logits (V,) and the number of layers run.
     """
     h = model.tok_embeddings(torch.tensor([[token]], device=left.device))                    # (1, 1, D)

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.wo = Linear(self.n_heads * self.head_dim, args.dim, bias=False)
 
     def rotate(self, x, pos):
-        """x (B, T, heads, E) at positions pos..: turns each pair (2j, 2j+1), as Meta does, in the complex plane."""
+        """x (B, T, heads, E) at positions pos..: turns pairs (2j, 2j+1), as Meta does, as complex numbers."""
         pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))                     # (B, T, heads, E/2)
         turned = pairs * rope_table(*self.rope, x.device)[pos:pos + x.size(1)]
         return torch.view_as_real(turned).flatten(-2).type_as(x)
@@ -268,10 +268,11 @@ def read_lite(folder):
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds = lite.get("exits", []), lite.get("thresholds", {})
-    if not (isinstance(exits, list) and all(type(n) is int for n in exits) and isinstance(thresholds, dict) and all(
-            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items())):
-        raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers, and numbers "
-                         "from 0 to 1 by layer")
+    if not isinstance(exits, list) or not isinstance(thresholds, dict) or not all(
+            type(n) is int for n in exits) or not all(
+            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
+        raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers and "
+                         "numbers from 0 to 1 by layer")
     return lite
 
 

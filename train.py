@@ -148,8 +148,8 @@ def parse_args():
     parser.add("--out", "out")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--exits")
-    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the exits' and the last layer's losses "
-               "(default: all 1)")
+    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses of "
+               "the exits and the last layer (default: all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: no exits, the last layer's loss alone")
     parser.add("--layers", type=number(int, 1), metavar="N", help="depth of a model from nothing "
                f"(default: {TINY.n_layers})")
@@ -162,8 +162,8 @@ def parse_args():
     add("--max-len", "tokens an example may have; longer responses are cut")
     add("--dtype", "of weights and gradients; the optimizer keeps fp32 copies")
     add("--val", "examples held out for the validation loss", type=number(int, 1), metavar="N")
-    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of the steps in which the "
-               "learning rate rises")
+    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of the steps in which "
+               "the learning rate rises")
     parser.add("--clip", 1.0, type=number(float, 0), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--activation-checkpointing", action="store_true", help="recompute, to save memory")
@@ -207,7 +207,7 @@ def load_examples(args):
     if any(e["output"] is None for e in examples):
         raise InputError(f"{' '.join(paths)}: examples without an output; training needs Alpaca's format")
     if len(examples) <= args.val:
-        raise InputError(f"{' '.join(paths)}: {len(examples)} examples, not enough to hold out --val {args.val}")
+        raise InputError(f"{' '.join(paths)}: {len(examples)} examples, too few to hold out --val {args.val}")
     random.Random(0).shuffle(examples)
     return examples[args.val:], examples[:args.val]
 
@@ -216,7 +216,7 @@ def build(args, device):
     """Model and tokenizer: Meta's weights, or a tiny model from nothing."""
     dtype = getattr(torch, args.dtype)
     if args.ckpt:
-        folder = find_checkpoint(args.ckpt)
+        folder = find_checkpoint(args.out if args.resume else args.ckpt)
         model = load_meta(folder, dtype, device)
         tokenizer = Tokenizer.load(folder, model.args.vocab_size)
     else:
@@ -230,8 +230,8 @@ def build(args, device):
     args.exits = check_exits(exits, L)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
-        raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1} numbers, not all 0, for "
-                         f"exits {exits} and the last layer")
+        raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1}, not all 0, for exits "
+                         f"{exits} and the last layer")
     if args.max_len > model.args.max_seq_len:
         raise InputError(f"--max-len {args.max_len}: the model's context is {model.args.max_seq_len} tokens")
     return model, tokenizer

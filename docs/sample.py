@@ -1,0 +1,56 @@
+"""Draw generate.py's answers as an SVG, each token on a ground that tells how many layers it ran through.
+
+    python generate.py --ckpt tiny --threshold 0.9 --limit 8 --json | python docs/sample.py tiny 8 > docs/sample.svg
+"""
+import json
+import sys
+from html import escape
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import INPUT, RESPONSE, Tokenizer  # noqa: E402
+
+WIDTH, LINE, X = 8.4, 26, 12             # of a monospaced letter, of a line, of the margin; in pixels
+
+
+def shade(depth, layers):
+    """From a pale ground for the first layers to a dark one for all of them: readable in black and white."""
+    x = depth / layers
+    return f"rgb({int(235 - 170 * x)},{int(245 - 130 * x)},{int(225 - 60 * x)})", "#fff" if x > 0.7 else "#111"
+
+
+def text(x, y, s, colour, extra=""):
+    return f'<text x="{x:.1f}" y="{y}" fill="{colour}" {extra} xml:space="preserve">{escape(s)}</text>'
+
+
+def token(x, y, s, depth, layers):
+    ground, ink = shade(depth, layers)
+    width = WIDTH * len(s)
+    return [f'<rect x="{x:.1f}" y="{y - 16}" width="{width:.1f}" height="22" fill="{ground}"/>', text(x, y, s, ink)], x + width
+
+
+def main():
+    tokenizer, layers = Tokenizer.load(sys.argv[1]), int(sys.argv[2])
+    out, y, depths = [], LINE, set()
+    for line in sys.stdin:
+        a = json.loads(line)
+        question = tokenizer.decode(a["prompt_tokens"]).split("### Instruction:\n")[1].removesuffix(RESPONSE)
+        out.append(text(X, y, question.replace(INPUT, "  "), "#555"))
+        x, y = X + 2 * WIDTH, y + LINE
+        for i, depth in enumerate(a["exits"]):
+            s = tokenizer.decode(a["tokens"][i:i + 1], a["prompt_tokens"] + a["tokens"][:i]) or "⏎"   # the end
+            box, x = token(x, y, s, depth, layers)
+            out += box
+            depths.add(depth)
+        y += LINE + 8
+    x = X
+    for depth in sorted(depths):
+        box, x = token(x, y, f" {depth} of {layers} layers ", depth, layers)
+        out += box
+    print(f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{y + 20}" font-family="monospace" font-size="14">'
+          f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}</svg>')
+
+
+if __name__ == "__main__":
+    main()
