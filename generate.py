@@ -29,7 +29,7 @@ def confidence(logits):
 
 
 def decode_one(model, token, pos, cache, left, debt_from, thresholds):
-    """The paper's figure: one token up through the layers until an exit is sure.
+    """One token up through the layers until an exit is sure.
 
     token   the id at position pos; its successor is what the logits are for
     cache   (L, 2, 1, K, S, E); layer i holds K and V of the positions below debt_from[i]

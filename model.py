@@ -333,8 +333,8 @@ def load_meta(folder, dtype=None, device="cpu"):
     folder = find_checkpoint(folder)
     args, weights = read_args(folder), read_weights(folder)
     weights.pop("rope.freqs", None)                      # in Meta's files; rope_table computes them
-    if args.vocab_size == -1 and "tok_embeddings.weight" in weights:
-        args.vocab_size = len(weights["tok_embeddings.weight"])
+    if args.vocab_size == -1:                            # no embeddings: no rows, and the check below names them
+        args.vocab_size = len(weights.get("tok_embeddings.weight", ()))
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
     want = model.state_dict()

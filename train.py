@@ -56,7 +56,7 @@ class AdamW(torch.optim.Optimizer):
         """master, m and v of p (its shape; fp32 or wider) and the number of steps it has made."""
         if not self.state[p]:
             w = wide(p.detach())
-            self.state[p] = dict(master=w, m=torch.zeros_like(w), v=torch.zeros_like(w), step=torch.zeros(()))
+            self.state[p] = dict(master=w, m=torch.zeros_like(w), v=torch.zeros_like(w), step=w.new_zeros(()))
         return self.state[p]
 
     @torch.no_grad()

@@ -67,6 +67,8 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: torch.save(dict(x=Code()), d / "consolidated.00.pth"), ["refused"]),
     (lambda d: torch.save([1], d / "consolidated.00.pth"), ["not a dictionary of tensors"]),
     (second_shard_missing, ["shard"]), (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), ["shard"]),
+    (lambda d: (edit_params(vocab_size=-1)(d), torch.save({"norm.weight": torch.ones(48)}, d / "consolidated.00.pth")),
+     ["layers.0.attention.wk.weight missing"]),
     (lambda d: (d / "consolidated.00.pth").unlink(), ["no weights"]), (hugging_face, ["Hugging Face", "params.json"]),
     (lambda d: (d / "lite.json").write_text("[]"), ["lite.json", "object"]),
     (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 7}}'), ["lite.json", "thresholds"]),
