@@ -153,7 +153,6 @@ class Tokenizer:
         return self.sp.decode([*after, *ids])[len(before):]
 
 
-
 def prompt_text(example):
     """Alpaca's prompt for an example: its template with an input, or the one without."""
     if example["input"]:

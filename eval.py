@@ -96,7 +96,7 @@ def summarise(records, full, n_layers):
     speed, base = (sum(len(r["exits"]) for r in rs) / max(1e-9, sum(r["seconds"] for r in rs))
                    for rs in (records, full))
     layers = sum(depths) / max(1, len(depths))
-    row = dict(layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed, speedup=speed / base,
+    row = dict(layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed, speedup=speed / max(base, 1e-9),
                agreement=rate([sum(r["agrees"]) for r in records], [len(r["agrees"]) for r in records]),
                early_agreement=rate([sum(x) for x in early], [len(x) for x in early]),
                exits={n: depths.count(n) for n in sorted(set(depths))})
@@ -124,7 +124,7 @@ def by_group(records, examples):
 def evaluate(model, tokenizer, lite, examples, args):
     """Everything, as one dict: what --json prints and `show` lays out."""
     L = model.args.n_layers
-    rules = {",".join(f"{x:g}" for x in t): exit_rule(t, args.exits, lite, L) for t in [[1], *args.threshold]}
+    rules = {",".join(f"{x}" for x in t): exit_rule(t, args.exits, lite, L) for t in [[1], *args.threshold]}
     if "thresholds" in lite:
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
     exits = list(rules["1"])

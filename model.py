@@ -57,10 +57,10 @@ def default_exits(n_layers):
 
 
 def check_exits(exits, n_layers):
-    """The exits in ascending order; InputError if one repeats or is not a layer below the last."""
-    if len(set(exits)) != len(exits) or not all(0 < n < n_layers for n in exits):
-        raise InputError(f"--exits {exits}: expected different layers from 1 to {n_layers - 1}")
-    return sorted(exits)
+    """The exits; InputError unless they ascend and lie below the last layer (thresholds follow their order)."""
+    if sorted(set(exits)) != exits or not all(0 < n < n_layers for n in exits):
+        raise InputError(f"--exits {exits}: expected different layers from 1 to {n_layers - 1}, ascending")
+    return exits
 
 
 class RMSNorm(nn.Module):

@@ -130,7 +130,8 @@ def save(out, step, model, optimizer, tokenizer, args):
     tmp.rename(folder)
     link.symlink_to(folder.name)
     link.replace(latest)
-    for old in sorted(out.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
+    others = [p for p in out.iterdir() if re.fullmatch(r"step-\d+", p.name) and p != folder]
+    for old in sorted(others, key=lambda p: int(p.name[5:]))[:-1]:
         shutil.rmtree(old)
 
 

@@ -185,10 +185,10 @@ def test_exit_rules():
     lite = dict(exits=[2, 4], thresholds={"2": 0.9, "4": 0.7})
     assert G.exit_rule(None, None, {}, 8) == {} and G.exit_rule([0.8], None, {}, 8) == {2: 0.8, 4: 0.8, 6: 0.8}
     assert G.exit_rule(None, None, lite, 8) == {2: 0.9, 4: 0.7} and G.exit_rule([1], None, lite, 8) == {2: 1, 4: 1}
-    assert G.exit_rule([0.5, 0.6], [6, 4], lite, 8) == {4: 0.5, 6: 0.6}
+    assert G.exit_rule([0.5, 0.6], [4, 6], lite, 8) == {4: 0.5, 6: 0.6}
     with pytest.raises(InputError, match="3 numbers for 2 exits"):
         G.exit_rule([0.5] * 3, None, lite, 8)
-    for exits in ([0], [8], [2, 2], [-1]):
+    for exits in ([0], [8], [2, 2], [-1], [6, 4]):
         with pytest.raises(InputError, match="--exits"):
             G.exit_rule([0.5], exits, {}, 8)
 

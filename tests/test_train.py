@@ -261,3 +261,9 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monke
     for step in (2, 3):
         T.save(out, step, model, optimizer, tokenizer, args)
     assert sorted(p.name for p in out.iterdir()) == ["latest", "step-2", "step-3"]
+    (out / "step-3-mine").mkdir()                        # a copy of the user's is not ours to count or to delete
+    for step in (8, 9):
+        (out / f"step-{step}").mkdir()                   # left by a run whose latest was lost
+    T.save(out, 4, model, optimizer, tokenizer, args)
+    assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3-mine", "step-4", "step-9"]
