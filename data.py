@@ -58,8 +58,7 @@ FLAGS = {
     "--top-p": dict(type=number(float, 1e-9, 1), metavar="X",
                     help="sample from the likeliest tokens that together hold this share of probability"),
     "--seed": dict(type=int, metavar="N", help="of everything random"),
-    "--dtype": dict(choices=("float32", "bfloat16"), help="of the weights (default: float32 on a CPU, "
-                    "bfloat16 on a GPU)"),
+    "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
     "--limit": dict(type=number(int, 1), metavar="N", help="use the first N examples only"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
@@ -226,8 +225,7 @@ def fetch(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, part.open("wb") as f:
             size = int(reply.headers.get("Content-Length") or 0)
-            bar = dict(total=size or None, unit="B", unit_scale=True, desc=path.name)
-            with tqdm.wrapattr(f, "write", **bar) as shown:
+            with tqdm.wrapattr(f, "write", total=size or None, desc=path.name) as shown:
                 shutil.copyfileobj(reply, shown)
             if size and f.tell() != size:
                 raise OSError(f"{f.tell()} of {size} bytes came")
@@ -325,7 +323,7 @@ def train_tokenizer(vocab_size=512):
     return Tokenizer(model.getvalue())
 
 
-def tokenize(examples, tokenizer, max_len, note=print):
+def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sys.stderr)):
     """[(ids, number of prompt ids)]; long responses are cut, prompts that fill max_len dropped, aloud."""
     rows, cut = [], 0
     for e in tqdm(examples, desc="tokenize", leave=False, disable=None, mininterval=1):

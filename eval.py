@@ -2,7 +2,6 @@
 
     python eval.py                                     # out/ (else tiny/) on the embedded test set
     python eval.py --ckpt out7b --data data/vicuna.jsonl --limit 20 --threshold 0.9 0.95,0.95,0.9,0.9,0.8,0.7
-    python eval.py --json > results.json
 
 First, teacher-forced, the loss and accuracy of every exit.  Then greedy generation at full depth, with each
 --threshold, and with the first n layers alone.  *Agreement* is the share of generated positions after the
@@ -19,24 +18,25 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
-from generate import answer, exit_rule, load_for_decoding
-from model import IGNORE
+from generate import answer, check_prompt, exit_rule, load_for_decoding
+from model import IGNORE, InputError
 
 
 @torch.no_grad()
 def exit_losses(model, rows, exits, size):
     """Mean loss and accuracy over the response tokens of rows, per exit and last layer: two lists (X+1,)."""
-    device = model.output.weight.device
-    loss = hits = count = 0
+    total = count = 0
     for i in range(0, len(rows), size):
-        tokens, labels = collate(rows[i:i + size], device)
+        tokens, labels = collate(rows[i:i + size], model.output.weight.device)
         keep = labels != IGNORE
-        targets = labels[keep]
-        logits = [model.logits(h[keep]) for h in model.states(tokens, exits)]                # (N, V) each
-        loss += torch.stack([F.cross_entropy(x, targets, reduction="sum") for x in logits])
-        hits += torch.stack([(x.argmax(-1) == targets).sum() for x in logits])
+
+        def score(logits):                               # (N, V) -> loss, hits; one exit's at a time
+            loss = F.cross_entropy(logits, labels[keep], reduction="sum")
+            return torch.stack((loss, (logits.argmax(-1) == labels[keep]).sum()))
+
+        total = total + torch.stack([score(model.logits(h[keep])) for h in model.states(tokens, exits)])
         count += keep.sum()
-    return (loss / count).tolist(), (hits / count).tolist()
+    return (total / count).T.tolist()
 
 
 def first_layers(model, n):
@@ -63,7 +63,7 @@ def rate(hits, counts):
     pairs = [(h, c) for h, c in zip(hits, counts) if c]
     n, g = sum(c for _, c in pairs), len(pairs)
     if not n:
-        return [math.nan, math.nan, math.nan, 0]
+        return [None, None, None, 0]
     p = sum(h for h, _ in pairs) / n
     between = sum((h - p * c) ** 2 for h, c in pairs) / n ** 2 * g / max(1, g - 1)
     m = min(n, p * (1 - p) / between) if between else g
@@ -79,8 +79,8 @@ def measure(model, tokenizer, examples, settings, args):
     """
     records = {name: [] for name in settings}
     models = {n: first_layers(model, n) for n, _ in settings.values()}
-    for e in tqdm(examples, desc="generate", unit="prompt", disable=None):
-        prompt = tokenizer.encode(prompt_text(e), bos=True)
+    prompts = [check_prompt(tokenizer.encode(prompt_text(e), bos=True), model) for e in examples]
+    for e, prompt in zip(tqdm(examples, desc="generate", unit="prompt", disable=None), prompts):
         for name, (n, thresholds) in settings.items():
             a = answer(models[n], tokenizer, prompt, args, thresholds)
             text, want = tokenizer.decode(a.tokens, prompt).strip(), e["output"]
@@ -96,7 +96,8 @@ def summarise(records, full, n_layers):
     speed, base = (sum(len(r["exits"]) for r in rs) / max(1e-9, sum(r["seconds"] for r in rs))
                    for rs in (records, full))
     layers = sum(depths) / max(1, len(depths))
-    row = dict(layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed, speedup=speed / max(base, 1e-9),
+    row = dict(layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed,
+               speedup=speed / max(base, 1e-9),
                agreement=rate([sum(r["agrees"]) for r in records], [len(r["agrees"]) for r in records]),
                early_agreement=rate([sum(x) for x in early], [len(x) for x in early]),
                exits={n: depths.count(n) for n in sorted(set(depths))})
@@ -130,7 +131,7 @@ def evaluate(model, tokenizer, lite, examples, args):
     exits = list(rules["1"])
     result = dict(settings=vars(args), n_layers=L, prompts=len(examples))
     if all(e["output"] is not None for e in examples):
-        rows = tokenize(examples, tokenizer, model.args.max_seq_len, tqdm.write)
+        rows = tokenize(examples, tokenizer, model.args.max_seq_len)
         result["teacher_forced"] = list(zip([*exits, L], *exit_losses(model, rows, exits, 8)))
     settings = {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
@@ -142,7 +143,7 @@ def evaluate(model, tokenizer, lite, examples, args):
 
 def percent(x, interval=()):
     """A share in percent, and its interval."""
-    text = "-" if x is None or math.isnan(x) else f"{100 * x:.1f}"
+    text = "-" if x is None else f"{100 * x:.1f}"
     return f"{text} [{', '.join(percent(y) for y in interval)}]" if interval else text
 
 
@@ -182,6 +183,8 @@ def main():
     args = parser.parse_args()
     args.temperature, args.top_p = 0.0, 1.0              # agreement is a property of greedy decoding
     examples = [e for path in args.data or [] for e in read_examples(path)][:args.limit]
+    if len({e["output"] is None for e in examples}) > 1:
+        raise InputError("--data has examples with and without an output: evaluate them apart")
     model, tokenizer, lite = load_for_decoding(args)
     result = evaluate(model, tokenizer, lite, examples or embedded(args.limit or 1000, split="test"), args)
     print(json.dumps(result)) if args.json else show(result)

@@ -1,7 +1,6 @@
 """Early exit: each token leaves the network at the first exit that is sure of it.
 
     python generate.py --threshold 0.8                      # questions of the embedded set, tinted by depth
-    python generate.py --threshold 0.8 "Sort d a f c."
     python generate.py --ckpt llama-2-7b --threshold 0.95,0.95,0.9,0.9,0.8,0.7 "Name three uses of a brick."
     python generate.py --raw "The capital of France is" --threshold 1     # no template, full depth
 
@@ -14,8 +13,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -44,10 +43,12 @@ def decode_one(model, token, pos, cache, left, debt_from, thresholds):
         owed = debt_from[n - 1]
         h = block(h, pos, cache[n - 1], left[:, owed:pos] if owed < pos else None)
         debt_from[n - 1] = pos + 1
-        if n in thresholds or n == len(model.layers):
+        if n in thresholds:
             logits = model.logits(h[0, 0])
-            if n < len(model.layers) and confidence(logits) > thresholds[n]:         # >: 1 never leaves
+            if confidence(logits) > thresholds[n]:       # >: 1 never leaves
                 break
+    else:
+        logits = model.logits(h[0, 0])
     left[:, pos] = h[:, 0]
     return logits, n
 
@@ -89,19 +90,10 @@ def check_prompt(ids, model):
     return ids
 
 
-@dataclass
-class Answer:
-    """What came of one prompt: ids in and out, layers run per new token, seconds."""
-    prompt: list
-    tokens: list = field(default_factory=list)
-    exits: list = field(default_factory=list)
-    prefill: float = 0.0
-    decode: float = 0.0
-
-
 def answer(model, tokenizer, prompt, args, thresholds, rng=None, each=lambda answer: None):
-    """Generate to the end, keep the books, call each(answer) after every token. Returns the Answer."""
-    a = Answer(check_prompt(prompt, model))
+    """Generate to the end and keep the books: a namespace of prompt and tokens (ids), exits (layers run per
+    token), prefill and decode (seconds).  each(answer) is called after every token."""
+    a = SimpleNamespace(prompt=check_prompt(prompt, model), tokens=[], exits=[], prefill=0.0, decode=0.0)
     room = min(args.max_new_tokens, model.args.max_seq_len - len(prompt))
     how, clock = (args.temperature, args.top_p, rng, tokenizer.eos), time.perf_counter()
     for token, depth in generate(model, prompt, room, thresholds, *how):

@@ -9,7 +9,6 @@ network: its intermediate layers share the last layer's norm and output matrix (
 "Exit n" is the state after n blocks, everywhere.  Dimensions, in all five files:
     B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads
     E head width   V vocabulary   L layers   X exits, without the last layer
-Read on in generate.py, the heart, then in train.py.
 """
 import json
 import math
@@ -57,7 +56,7 @@ def default_exits(n_layers):
 
 
 def check_exits(exits, n_layers):
-    """The exits; InputError unless they ascend and lie below the last layer (thresholds follow their order)."""
+    """The exits; InputError unless they ascend, below the last layer: thresholds follow their order."""
     if sorted(set(exits)) != exits or not all(0 < n < n_layers for n in exits):
         raise InputError(f"--exits {exits}: expected different layers from 1 to {n_layers - 1}, ascending")
     return exits
@@ -233,9 +232,6 @@ def lite_loss(losses, weights):
     return (weights * losses).sum() / weights.sum()
 
 
-# --- Meta's folders: params.json, consolidated.NN.pth, tokenizer.model; LITE's lite.json --------------
-
-
 def read_json(path):
     """The JSON object in a file, or an InputError that says what is wrong with it."""
     try:
@@ -298,6 +294,18 @@ def read_args(folder):
     return a
 
 
+def load_tensors(path):
+    """What torch.save wrote to path, memory-mapped. weights_only: code in a pickle is refused, not run."""
+    try:
+        if path.open("rb").read(2) != b"PK":
+            raise pickle.UnpicklingError
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused, it holds more than tensors (pickles can run code)") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
+        raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
+
+
 def read_weights(folder):
     """Meta's state dict, memory-mapped; model-parallel shards are merged key by key."""
     paths, shards = sorted(Path(folder).glob("consolidated.*.pth")), []
@@ -306,14 +314,7 @@ def read_weights(folder):
     if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
         raise InputError(f"{folder}: {paths[-1].name} but {len(paths)} shard(s) in all: fetch the rest")
     for path in paths:
-        try:                             # weights_only: tensors and nothing else; code in a pickle is not run
-            if path.open("rb").read(2) != b"PK":
-                raise pickle.UnpicklingError
-            shards.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except pickle.UnpicklingError:
-            raise InputError(f"{path}: refused, it holds more than tensors (pickles can run code)") from None
-        except (OSError, RuntimeError, EOFError, ValueError) as e:
-            raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
+        shards.append(load_tensors(path))
         if not isinstance(shards[-1], dict) or {type(w) for w in shards[-1].values()} != {torch.Tensor}:
             raise InputError(f"{path}: not a dictionary of tensors")
     if len({frozenset(s) for s in shards}) > 1:
@@ -333,7 +334,7 @@ def load_meta(folder, dtype=None, device="cpu"):
     folder = find_checkpoint(folder)
     args, weights = read_args(folder), read_weights(folder)
     weights.pop("rope.freqs", None)                      # in Meta's files; rope_table computes them
-    if args.vocab_size == -1:                            # no embeddings: no rows, and the check below names them
+    if args.vocab_size == -1:                            # no embeddings: no rows; the check below names them
         args.vocab_size = len(weights.get("tok_embeddings.weight", ()))
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
@@ -356,6 +357,5 @@ def save_meta(folder, model, tokenizer, lite, dtype=torch.bfloat16):
     torch.save(weights, folder / "consolidated.00.pth")
     params = {k: v for k, v in asdict(model.args).items() if v is not None and k != "max_seq_len"}
     (folder / "params.json").write_text(json.dumps(params) + "\n")
-    lite = {"max_seq_len": model.args.max_seq_len, **lite}
-    (folder / "lite.json").write_text(json.dumps(lite, indent=1) + "\n")
+    (folder / "lite.json").write_text(json.dumps({"max_seq_len": model.args.max_seq_len, **lite}) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)

@@ -30,7 +30,7 @@ from data import (Parser, Tokenizer, batches, collate, embedded, number, pick_de
                   share, tokenize, train_tokenizer)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
-                   load_meta, save_meta, wide)
+                   load_meta, load_tensors, read_lite, save_meta, wide)
 
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
@@ -63,15 +63,13 @@ class AdamW(torch.optim.Optimizer):
     def step(self):
         """One update of every weight that has a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state_of(p) for p in params]
-            masters, m, v, steps = ([s[key] for s in states] for key in ("master", "m", "v", "step"))
             (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps")}
-            grads = [wide(p.grad) for p in params]
-            adamw(masters, grads, m, v, [], steps, fused=True, amsgrad=False, maximize=False, beta1=beta1,
-                  beta2=beta2, **rest)
-            for p, master in zip(params, masters):
-                p.copy_(master)
+            for p in group["params"]:                    # one by one: one fp32 gradient at a time
+                if p.grad is not None:
+                    master, m, v, steps = ([t] for t in self.state_of(p).values())
+                    adamw(master, [wide(p.grad)], m, v, [], steps, fused=True, amsgrad=False, maximize=False,
+                          beta1=beta1, beta2=beta2, **rest)
+                    p.copy_(master[0])
 
     def save_state(self):
         """The states of all parameters, in their order."""
@@ -155,7 +153,7 @@ def parse_args():
     parser.add("--layers", type=number(int, 1), metavar="N", help="depth of a model from nothing "
                f"(default: {TINY.n_layers})")
     add("--steps", "optimizer steps; with --data, instead of --epochs", type=number(int, 1), metavar="N")
-    add("--epochs", "passes over --data", type=number(float, 0), metavar="N")
+    add("--epochs", "passes over --data", type=number(float, 0.001, 1000), metavar="N")
     add("--batch-size", "sequences per step, over all ranks", type=number(int, 1), metavar="N")
     add("--micro-batch-size", "sequences per rank and pass", type=number(int, 1), metavar="N")
     add("--lr", "peak learning rate", type=number(float, 0), metavar="X")
@@ -183,13 +181,13 @@ def resolve(args):
         if out.exists() and not (out.is_dir() and all(ours.fullmatch(p.name) for p in out.iterdir())):
             raise InputError(f"--out {out} exists and is not a run of train.py; choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
-            if getattr(args, key, None) is None:
+            if getattr(args, key, None) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, value)
         return None
     path = find_checkpoint(out) / "trainer.pt"
     if not path.exists():
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = load_tensors(path)
     given = {flag[2:].split("=")[0].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
     for key in sorted(given - {"resume", "out", "device"}):
         if key in saved["args"] and getattr(args, key) != saved["args"][key]:
@@ -227,8 +225,8 @@ def build(args, device):
         model.to(device, dtype)
     model.checkpoint_blocks = args.activation_checkpointing
     L = model.args.n_layers
-    exits = [] if args.no_lite else default_exits(L) if args.exits is None else args.exits
-    args.exits = check_exits(exits, L)
+    exits = args.exits or args.ckpt and read_lite(folder).get("exits") or default_exits(L)
+    args.exits = exits = check_exits([] if args.no_lite else exits, L)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1}, not all 0, for exits "
@@ -252,12 +250,13 @@ def main():
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
+    step = saved["step"] if saved else 0
     if saved:
-        optimizer.load_state(saved["optimizer"])
+        optimizer.load_state(saved.pop("optimizer"))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        train(model, optimizer, tokenizer, rows, val, args, saved["step"] if saved else 0, rank, world, note)
+        train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -269,7 +268,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: stop.append(number))
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    per_epoch, order, layers = math.ceil(len(rows) / args.batch_size), None, [*args.exits, "last"]
+    per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
@@ -277,14 +276,11 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
         halt = halt.item()
-        if halt or step % args.save_every == 0 or step == args.steps:
-            losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
-            check_finite(losses, step, out)
-            note(f"step {step}: validation loss (tokens right) " + ", ".join(
-                f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip(layers, losses, right)))
-            print(json.dumps(dict(step=step, validation=losses)), file=log)
-            if rank == 0:
-                save(out, step, model, optimizer, tokenizer, args)
+        due = step % args.save_every == 0 or step == args.steps
+        if due:                                          # but not on a signal: whoever sent it may not wait
+            print(json.dumps(dict(step=step, validation=validate(model, val, args, step, note))), file=log)
+        if rank == 0 and (due or halt):
+            save(out, step, model, optimizer, tokenizer, args)
         if halt or step == args.steps:
             break
         if order is None or step % per_epoch == 0:
@@ -301,7 +297,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
         print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens,
                               seconds=seconds)), file=log)
-        shown = " ".join(f"{n}: {x:.2f}" for n, x in zip(layers, losses))
+        shown = " ".join(f"{n}: {x:.2f}" for n, x in zip([*args.exits, "last"], losses))
         bar.set_postfix_str(f"loss at {shown}, {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
     bar.close()
@@ -309,6 +305,15 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         note(f"stopped by signal {halt} after step {step}; saved; go on with --resume")
         sys.exit(128 + halt)
     note(f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
+
+
+def validate(model, val, args, step, note):
+    """Tell loss and accuracy of each exit and the last layer on held-out rows. Returns the losses (X+1,)."""
+    losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
+    check_finite(losses, step, args.out)
+    note(f"step {step}: validation loss (tokens right) " + ", ".join(
+        f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip([*args.exits, "last"], losses, right)))
+    return losses
 
 
 def check_finite(values, step, out):
@@ -321,7 +326,9 @@ def check_finite(values, step, out):
 def open_log(path, step):
     """log.jsonl to append to, without what was logged after the save that a run resumes from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [s for s in path.read_text().splitlines(True) if json.loads(s)["step"] <= step] if step else []
+    lines = path.read_text().splitlines(True) if step and path.exists() else []
+    found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in lines]        # the last may be half written
+    kept = [m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])]
     path.with_name(".log.tmp").write_text("".join(kept))
     path.with_name(".log.tmp").replace(path)
     return path.open("a", buffering=1)                   # a line at a time

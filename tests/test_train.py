@@ -171,16 +171,50 @@ def test_a_run_leaves_complete_folders_the_newest_two_and_a_log(straight):
 
 @pytest.mark.parametrize("name, n", [("one", 1), ("two", 2)])
 def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name, n):
-    """Stop the run after step 3 by a signal that only its rank 0 gets; resume without repeating the flags."""
-    more = ["--micro-batch-size", 2] if n == 2 else []
+    """Set the run back to step 3, with a log line half written; resume without repeating the flags."""
     subprocess.run(["cp", "-r", str(straight / name), str(tmp_path / "run")], check=True)
     (tmp_path / "run/latest").unlink()
     (tmp_path / "run/latest").symlink_to("step-3")
     subprocess.run(["rm", "-r", str(tmp_path / "run/step-6")], check=True)
+    with (tmp_path / "run/log.jsonl").open("a") as log:
+        log.write('{"step": 7, "los')
     done = train("--resume", "--out", tmp_path / "run", n=n)
     assert same(weights(tmp_path / "run"), weights(straight / name))
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log if "losses" in e] == [1, 2, 3, 4, 5, 6], done.stderr
+    assert [e["step"] for e in log if "validation" in e] == [0, 3, 6]
+
+
+def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_path):
+    args = ["--steps", 60, *TINY[2:6], "--val", 16, "--save-every", 60]
+    train(*args, "--out", tmp_path / "straight")
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--out", str(run)], env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_text().count("losses") < 5:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143 and 5 <= int(os.readlink(run / "latest")[5:]) < 60
+    train("--resume", "--out", run)
+    assert same(weights(run), weights(tmp_path / "straight"))
+    (run / "latest/trainer.pt").write_bytes((run / "latest/trainer.pt").read_bytes()[:5000])
+    done = train("--resume", "--out", run, check=False)
+    assert done.returncode == 2 and "trainer.pt" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 4))
+    subprocess.run(["cp", "-r", str(checkpoint), str(tmp_path / "ckpt")], check=True)
+    (tmp_path / "ckpt/lite.json").write_text('{"max_seq_len": 64, "exits": [3]}')
+    train("--ckpt", tmp_path / "ckpt", "--data", tmp_path / "d.json", "--val", 1, "--max-len", 40, "--steps", 1,
+          "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run/latest/lite.json").read_text())["exits"] == [3]
+
+
+def test_epochs_count_with_data_from_nothing_too(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 9))
+    train("--data", tmp_path / "d.json", "--epochs", 2, "--batch-size", 4, "--val", 1, "--out", tmp_path / "run")
+    assert os.readlink(tmp_path / "run/latest") == "step-4"
 
 
 @pytest.mark.parametrize("sig, n", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
