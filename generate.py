@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Parser, Tokenizer, embedded, pick_device, prompt_text, read_examples, run
+from data import Parser, Tokenizer, pick_device, prompt_text, read_examples, run
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
+from tiny.questions import embedded
 
 
 def confidence(logits):

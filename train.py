@@ -26,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import (Parser, Tokenizer, batches, collate, embedded, number, pick_device, read_examples, run,
-                  share, tokenize, train_tokenizer)
+from data import (Parser, Tokenizer, batches, collate, number, pick_device, read_examples, run, share,
+                  tokenize)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, load_tensors, read_lite, save_meta, wide)
+from tiny.questions import embedded, train_tokenizer
 
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data as D
+import tiny.questions as Q
 from model import IGNORE, InputError
 
 
@@ -232,8 +233,8 @@ def test_a_connection_cut_short_writes_nothing(tmp_path):
 
 
 def test_the_embedded_set_is_seeded_and_endless():
-    assert D.embedded(50, seed=4) == D.embedded(50, seed=4) != D.embedded(50, seed=5)
-    assert len(D.embedded(3000)) == 3000
+    assert Q.embedded(50, seed=4) == Q.embedded(50, seed=4) != Q.embedded(50, seed=5)
+    assert len(Q.embedded(3000)) == 3000
 
 
 def test_train_and_test_share_no_underlying_input():
@@ -246,18 +247,18 @@ def test_train_and_test_share_no_underlying_input():
         return e["group"].rsplit(" ", 1)[0], tuple(sorted(words))
 
     def inputs(split):
-        return {key(e) for e in D.embedded(20000, split=split)}
+        return {key(e) for e in Q.embedded(20000, split=split)}
 
-    content = {*D.WORDS, *D.NAMES}
+    content = {*Q.WORDS, *Q.NAMES}
     train, test = inputs("train"), inputs("test")
     assert len(test) > 1000 and not train & test
 
 
 def test_ten_families_three_phrasings_and_whole_sentences():
-    assert len(D.FAMILIES) == 10 and all(len(phrasings) >= 3 for _, phrasings, _ in D.FAMILIES.values())
-    counts = collections.Counter(e["group"].rsplit(" ", 1)[0] for e in D.embedded(4000))
-    assert set(counts) == set(D.FAMILIES) and min(counts.values()) > 150
-    for e in D.embedded(500):
+    assert len(Q.FAMILIES) == 10 and all(len(phrasings) >= 3 for _, phrasings, _ in Q.FAMILIES.values())
+    counts = collections.Counter(e["group"].rsplit(" ", 1)[0] for e in Q.embedded(4000))
+    assert set(counts) == set(Q.FAMILIES) and min(counts.values()) > 150
+    for e in Q.embedded(500):
         assert e["output"][0].isupper() and e["output"].endswith(".")
 
 
@@ -265,8 +266,8 @@ def answer_to(e):
     """Solve a question of the embedded set from its own words, by other means than the maker's."""
     text = (e["instruction"] + " " + e["input"]).replace(",", "").replace("?", "").replace(".", "")
     words, kind = text.split(), e["group"].rsplit(" ", 1)[0]
-    items = [w for w in words if w in D.WORDS]
-    letters = [w for w in words if len(w) == 1 and w in D.LETTERS]
+    items = [w for w in words if w in Q.WORDS]
+    letters = [w for w in words if len(w) == 1 and w in Q.LETTERS]
     numbers = [int(w) for w in words if w.isdigit()]
     if kind == "echo":
         return items
@@ -284,11 +285,11 @@ def answer_to(e):
     if kind == "next":
         return [str(numbers[0] + 1)]
     if kind == "sort by":
-        return [b for a, b in sorted((a, b) for b, a in zip(words, words[1:]) if a in D.LETTERS and b in D.WORDS)]
-    start, names = text.split("from ")[1].split()[0], [w for w in words if w in D.NAMES]
+        return [b for a, b in sorted((a, b) for b, a in zip(words, words[1:]) if a in Q.LETTERS and b in Q.WORDS)]
+    start, names = text.split("from ")[1].split()[0], [w for w in words if w in Q.NAMES]
     at = 1 if names[0] == start and names.count(start) == 2 and e["instruction"].split()[0] != "Given" else 0
     links = names[at:] if not e["input"] and at else [w for w in (e["input"] or e["instruction"].split("from")[0]).replace(
-        ",", " ").split() if w in D.NAMES]
+        ",", " ").split() if w in Q.NAMES]
     after, out = dict(zip(links[::2], links[1::2])), [start]
     while out[-1] in after:
         out.append(after[out[-1]])
@@ -296,6 +297,6 @@ def answer_to(e):
 
 
 def test_every_answer_is_right():
-    for e in D.embedded(3000, split="test"):
+    for e in Q.embedded(3000, split="test"):
         given, want = e["output"].rstrip(".").split(), answer_to(e)
         assert given[-len(want):] == want, e

@@ -13,6 +13,7 @@ import generate as G
 from conftest import ROOT, random_model
 from model import IGNORE, load_meta, read_lite
 from reference import Llama
+import tiny.questions as Q
 
 ARGS = SimpleNamespace(max_new_tokens=40, temperature=0.0, top_p=1.0)
 
@@ -97,14 +98,14 @@ def tiny():
 
 def test_tiny_is_small_and_its_tokenizer_is_the_one_made_here(tiny, tokenizer):
     assert sum(p.stat().st_size for p in (ROOT / "tiny").iterdir()) <= 4e6
-    sample = D.embedded(200, split="test")
+    sample = Q.embedded(200, split="test")
     assert all(tiny[1].encode(D.prompt_text(e)) == tokenizer.encode(D.prompt_text(e)) for e in sample)
 
 
 def test_full_depth_answers_and_the_first_exit_alone_does_not(tiny):
     """Exact match on 1000 unseen questions: greedy is right everywhere if and only if the forced argmax is."""
     model, tokenizer, lite = tiny
-    rows = D.tokenize(D.embedded(1000, split="test"), tokenizer, 256)
+    rows = D.tokenize(Q.embedded(1000, split="test"), tokenizer, 256)
     exact = []
     with torch.no_grad():
         for i in range(0, 1000, 100):
@@ -117,7 +118,7 @@ def test_full_depth_answers_and_the_first_exit_alone_does_not(tiny):
 
 def test_one_threshold_saves_two_fifths_of_the_layers_for_a_point(tiny):
     model, tokenizer, lite = tiny
-    result = E.evaluate(model, tokenizer, lite, D.embedded(250, split="test"),
+    result = E.evaluate(model, tokenizer, lite, Q.embedded(250, split="test"),
                         SimpleNamespace(**vars(ARGS), exits=None, threshold=[[0.9]]))
     row = result["sweep"]["0.9"]
     assert row["saved"] >= 0.40 and row["exact_gap"][0] >= -0.01 - row["exact_gap"][1]
