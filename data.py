@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import urllib.request
@@ -97,12 +98,11 @@ def run(main):
 
 def pick_device(name=None, local_rank=0):
     """The torch.device to run on; InputError if a GPU is asked for and absent."""
-    name = name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N")
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise InputError(f"--device {name}: found {torch.cuda.device_count()} CUDA devices; try --device cpu")
     return device
 

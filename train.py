@@ -2,7 +2,8 @@
 
     python train.py                                     # a tiny LLaMA from nothing, minutes on a CPU
     torchrun train.py --ckpt llama-2-7b                 # LITE-tune Meta's weights on data/alpaca_data.json
-    torchrun --nproc-per-node 8 train.py --ckpt llama-2-13b --lr 1e-5 --epochs 5
+    torchrun --nproc-per-node 8 train.py --ckpt llama-2-13b --lr 1e-5 --epochs 5 --activation-checkpointing
+    python train.py --ckpt llama-2-13b --plan --world-size 8        # what that takes of each card; params.json is enough
     python train.py --no-lite --out plain               # the baseline: the last layer's loss alone
     python train.py --resume                            # go on where out/ stopped, bit for bit
 
@@ -18,10 +19,12 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
@@ -30,9 +33,11 @@ from data import (Parser, Tokenizer, batches, collate, number, pick_device, read
                   tokenize)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
-                   load_meta, load_tensors, read_lite, save_meta, wide)
+                   load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
 from tiny.questions import embedded, train_tokenizer
 
+GIB, RESERVE = 2 ** 30, 6 * 2 ** 30
+MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}      # not the run: may differ on --resume
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
 RECIPES = {
@@ -51,7 +56,6 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        self.params = [p for group in self.param_groups for p in group["params"]]
 
     def state_of(self, p):
         """master, m and v of p (its shape; fp32 or wider) and the number of steps it has made."""
@@ -72,23 +76,43 @@ class AdamW(torch.optim.Optimizer):
                           beta1=beta1, beta2=beta2, **rest)
                     p.copy_(master[0])
 
-    def save_state(self):
-        """The states of all parameters, in their order."""
-        return [self.state_of(p) for p in self.params]
 
-    @torch.no_grad()
-    def load_state(self, states):
-        """Take over what save_state gave. (torch's load_state_dict casts masters to the weights' dtype.)"""
-        for p, saved in zip(self.params, states, strict=True):
-            p.copy_(saved["master"])
-            for key, t in self.state_of(p).items():
-                t.copy_(saved[key])
+def optimizer_for(model, args, world=1):
+    """AdamW that decays matrices, not norms.
 
-
-def optimizer_for(model, args):
-    """AdamW that decays matrices, not norms."""
+    On several ranks ZeRO, stage 1: each keeps the state of some parameters (whole ones, dealt out largest first),
+    updates these, and sends their new values to the others.
+    """
     matrices, norms = ([p for p in model.parameters() if (p.dim() > 1) == m] for m in (True, False))
-    return AdamW([dict(params=matrices, weight_decay=args.weight_decay), dict(params=norms)], lr=args.lr)
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=norms)]
+    return (AdamW(groups, lr=args.lr) if world == 1 else
+            ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=args.lr))
+
+
+def optimizer_state(model, optimizer):
+    """{name: state} of the parameters whose state this rank keeps: what it saves."""
+    adamw = getattr(optimizer, "optim", optimizer)                   # ZeRO's local part
+    mine = {p for group in adamw.param_groups for p in group["params"]}
+    return {name: adamw.state_of(p) for name, p in model.named_parameters() if p in mine}
+
+
+@torch.no_grad()
+def load_optimizer(folder, model, optimizer):
+    """Take over masters and moments from the parts that any number of ranks saved.
+
+    By hand: torch's load_state_dict would cast the masters to the weights' dtype.
+    """
+    saved, params = {}, dict(model.named_parameters())
+    for path in sorted(folder.glob("optimizer.*.pt")):               # mapped: only what is copied is read
+        saved |= load_tensors(path)
+    if saved.keys() != params.keys():
+        raise InputError(f"{folder}: the optimizer's state is there for {len(saved)} of {len(params)} parameters; "
+                         "is an optimizer.NN.pt missing?")
+    for name, p in params.items():
+        p.copy_(saved[name]["master"])
+    for name, state in optimizer_state(model, optimizer).items():
+        for key, t in state.items():
+            t.copy_(saved[name][key])
 
 
 def learning_rate(step, args):
@@ -96,6 +120,20 @@ def learning_rate(step, args):
     warm = max(1, round(args.warmup * args.steps))
     done = max(0, step - warm) / max(1, args.steps - warm)
     return args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * done))
+
+
+def distribute(model, exits, world):
+    """The model in DDP, where p.grad is a view of the buckets that are summed over the ranks: gradients exist once.
+
+    DDP lays its buckets out anew after its first backward pass.  Here that is one without weight: else the first
+    step would hold two sets of gradients, and a resumed run would sum in another order than an uninterrupted one.
+    """
+    if world == 1:
+        return model
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp(*collate([], model.output.weight.device), exits).sum().backward()
+    model.zero_grad()
+    return ddp
 
 
 def gradients(model, rows, batch, args, rank=0, world=1):
@@ -115,17 +153,29 @@ def gradients(model, rows, batch, args, rank=0, world=1):
     return total / count
 
 
-def save(out, step, model, optimizer, tokenizer, args):
-    """Write out/step-N whole or not at all, let out/latest point to it, keep the newest two."""
+def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
+    """Write out/step-N whole or not at all, let out/latest point to it, keep the newest two.
+
+    Every rank writes its part of the optimizer's state into a temporary folder, rank 0 the rest; a barrier later
+    rank 0 renames it.  So out/ must be one folder for all machines (see open_log).
+    """
     folder, tmp = out / f"step-{step}", out / f".step-{step}.tmp"
     link, latest = out / ".latest.tmp", out / "latest"
     if latest.is_symlink() and latest.readlink().name == folder.name:
         return                                           # a resumed run is where it was
-    for old in (folder, *out.glob(".*.tmp")):            # what a killed process left
-        shutil.rmtree(old, ignore_errors=True) if not old.is_symlink() else old.unlink()
-    tmp.mkdir()
-    save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
-    torch.save(dict(step=step, args=vars(args), optimizer=optimizer.save_state()), tmp / "trainer.pt")
+    if rank == 0:
+        for old in (folder, *out.glob(".*.tmp")):        # what a killed process left
+            shutil.rmtree(old, ignore_errors=True) if not old.is_symlink() else old.unlink()
+        tmp.mkdir()
+    together(world)
+    torch.save(optimizer_state(model, optimizer), tmp / f"optimizer.{rank:02d}.pt")
+    if rank == 0:
+        save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
+        (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args={
+            key: value for key, value in vars(args).items() if key not in MACHINE})) + "\n")
+    together(world)
+    if rank > 0:
+        return
     tmp.rename(folder)
     link.symlink_to(folder.name)
     link.replace(latest)
@@ -151,8 +201,7 @@ def parse_args():
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses of "
                "the exits and the last layer (default: all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: no exits, the last layer's loss alone")
-    parser.add("--layers", type=number(int, 1), metavar="N", help="depth of a model from nothing "
-               f"(default: {TINY.n_layers})")
+    parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="depth of a model from nothing")
     add("--steps", "optimizer steps; with --data, instead of --epochs", type=number(int, 1), metavar="N")
     add("--epochs", "passes over --data", type=number(float, 0.001, 1000), metavar="N")
     add("--batch-size", "sequences per step, over all ranks", type=number(int, 1), metavar="N")
@@ -166,7 +215,14 @@ def parse_args():
                "the learning rate rises")
     parser.add("--clip", 1.0, type=number(float, 0), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
-    parser.add("--activation-checkpointing", action="store_true", help="recompute, to save memory")
+    parser.add("--activation-checkpointing", action="store_true", help="keep only each block's input for the "
+               "backward pass, and recompute the rest: a third more work, a tenth of the memory")
+    parser.add("--plan", action="store_true", help="print the memory that this takes of each card, and stop")
+    parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes to plan for; a run has torchrun's")
+    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="stop if a card needs more GiB than this "
+               "(default: the GPU's own memory; with --plan: 80)")
+    parser.add("--timeout", 600.0, type=number(float, 1), metavar="S", help="seconds without a word after which a rank "
+               "is taken for dead")
     for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
     return parser.parse_args()
@@ -176,25 +232,25 @@ def resolve(args):
     """Fill in the recipe. Or, on --resume, take the settings of the run in --out and return what it saved."""
     out = Path(args.out)
     if not args.resume:
-        if (out / "latest").exists():
+        if (out / "latest").exists() and not args.plan:
             raise InputError(f"--out {out} holds a run: go on with --resume, or start anew in another --out")
         ours = re.compile(r"log\.jsonl|step-\d+|\..*\.tmp")       # of a run that died before its first save
-        if out.exists() and not (out.is_dir() and all(ours.fullmatch(p.name) for p in out.iterdir())):
+        if out.exists() and not args.plan and not (out.is_dir() and all(ours.fullmatch(p.name) for p in out.iterdir())):
             raise InputError(f"--out {out} exists and is not a run of train.py; choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
             if getattr(args, key, None) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, value)
         return None
-    path = find_checkpoint(out) / "trainer.pt"
+    path = find_checkpoint(out) / "trainer.json"
     if not path.exists():
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
-    saved = load_tensors(path)
+    saved = read_json(path)
     given = {flag[2:].split("=")[0].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
-    for key in sorted(given - {"resume", "out", "device"}):
+    for key in sorted(given - MACHINE):
         if key in saved["args"] and getattr(args, key) != saved["args"][key]:
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: the run in {out} has "
                              f"{saved['args'][key]}; a resumed run keeps its settings")
-    vars(args).update({**saved["args"], "out": args.out, "resume": True, "device": args.device})
+    vars(args).update(saved["args"])
     return saved
 
 
@@ -212,76 +268,151 @@ def load_examples(args):
     return examples[args.val:], examples[:args.val]
 
 
-def build(args, device):
-    """Model and tokenizer: Meta's weights, or a tiny model from nothing."""
-    dtype = getattr(torch, args.dtype)
-    if args.ckpt:
-        folder = find_checkpoint(args.out if args.resume else args.ckpt)
-        model = load_meta(folder, dtype, device)
-        tokenizer = Tokenizer.load(folder, model.args.vocab_size)
-    else:
-        tokenizer = train_tokenizer()
-        model = Transformer(replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers or TINY.n_layers))
-        model.init_weights()
-        model.to(device, dtype)
-    model.checkpoint_blocks = args.activation_checkpointing
-    L = model.args.n_layers
-    exits = args.exits or args.ckpt and read_lite(folder).get("exits") or default_exits(L)
-    args.exits = exits = check_exits([] if args.no_lite else exits, L)
+def choose_exits(args, shape, folder=None):
+    """Fill in --exits and --weights, from the checkpoint's lite.json where there is one, and check them."""
+    exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
+    args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1}, not all 0, for exits "
                          f"{exits} and the last layer")
-    if args.max_len > model.args.max_seq_len:
-        raise InputError(f"--max-len {args.max_len}: the model's context is {model.args.max_seq_len} tokens")
-    return model, tokenizer
+    if args.max_len > shape.max_seq_len:
+        raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
+
+
+def kept(f, x):
+    """Bytes that autograd keeps of f(x) for the backward pass, f's parameters apart."""
+    storages, own = {}, {p.untyped_storage()._cdata for p in f.parameters()}
+
+    def pack(t):
+        storages[t.untyped_storage()._cdata] = t         # t lives on, so that no other gets its address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        f(x)
+    return sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+
+
+def plan(shape, args, world, reserve):
+    """What training takes of the fullest of `world` cards: [(part, bytes, why)], and bytes in all.
+
+    Nothing is loaded or allocated: on the meta device tensors have shapes alone.  Upper bounds: every sequence has
+    --max-len tokens, all of them a response, and attention is the unfused one, which keeps a (T, T) matrix.
+    """
+    dtype = getattr(torch, args.dtype)
+    with torch.device("meta"):
+        model = Transformer(shape).to(dtype)
+    dealt, c, groups = [0] * world, dtype.itemsize, optimizer_for(model, args).param_groups
+    for p in (p for g in groups for p in sorted(g["params"], key=torch.numel, reverse=True)):       # as ZeRO deals
+        dealt[dealt.index(min(dealt))] += p.numel()
+    B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
+    h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
+    state, block, L = 12 if c < 4 else 8, kept(model.layers[0], h), shape.n_layers
+    thin = args.activation_checkpointing
+    parts = [
+        ("weights", sum(dealt) * c, f"{sum(dealt):,}, {c} bytes each"),
+        ("gradients", sum(dealt) * c, "as many; with several ranks they live in DDP's buckets, once"),
+        ("optimizer", max(dealt) * state, f"{'fp32 master and ' if c < 4 else ''}two moments, {state} bytes, of the "
+         f"{max(dealt):,} weights of the fullest rank"),
+        ("activations", h.nbytes * (len(args.exits) + 1) + (L * h.nbytes + block if thin else L * block),
+         f"{B} sequences of {T} tokens: " + (f"inputs of {L} blocks, one block recomputed" if thin else f"{L} blocks")),
+        ("logits", 3 * 4 * B * T * shape.vocab_size, "of one exit at a time, fp32: logits, log-softmax and gradient"),
+        ("step", max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32; activations "
+         "and logits are gone by then"),
+        ("reserve", reserve, "CUDA, NCCL, fragmentation")]
+    size = {name: n for name, n, _ in parts}
+    return parts, sum(size.values()) - min(size["step"], size["activations"] + size["logits"])
+
+
+def fit(shape, args, world, card, note):
+    """Tell the plan.  InputError if it is more than the card has (bytes; None: no card, no limit)."""
+    shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)      # Meta's files say -1
+    reserve = RESERVE if card else 0
+    parts, total = plan(shape, args, world, reserve)
+    note(f"memory of each of {world} process(es), GiB:")
+    for name, n, why in [*parts, ("in all", total, f"of {card / GIB:.1f}" if card else "")]:
+        note(f"{name:>12} {n / GIB:8.3f}  {why}")
+    if card and total > card:
+        enough = next((n for n in range(1, 513) if plan(shape, args, n, reserve)[1] <= card), None)
+        raise InputError(f"{total / GIB:.1f} GiB per process, the card has {card / GIB:.1f}: " + (
+            f"--nproc-per-node {enough} fits" if enough else "no number of cards is enough; try "
+            "--activation-checkpointing, or a smaller --micro-batch-size or --max-len"))
 
 
 def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
     args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, local, world = (int(os.environ.get(key, default)) for key, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", args.world_size)))
+    device = pick_device(args.device, local)
     note = tqdm.write if rank == 0 else (lambda text: None)
     saved = resolve(args)
+    folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
+    tokenizer = None if folder else train_tokenizer()
+    shape = read_args(folder) if folder else replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers)
+    choose_exits(args, shape, folder)
+    on_card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    card = args.card_gb * GIB if args.card_gb else 80 * GIB if args.plan else on_card
+    fit(shape, args, world, card, note)
+    if args.plan:
+        return
     torch.manual_seed(args.seed)
     examples = load_examples(args)
-    model, tokenizer = build(args, device)
-    optimizer = optimizer_for(model, args)
+    model = load_meta(folder, getattr(torch, args.dtype), device) if folder else Transformer(shape)
+    if not folder:
+        model.init_weights()
+        model.to(device, getattr(torch, args.dtype))
+    model.checkpoint_blocks = args.activation_checkpointing
+    tokenizer = tokenizer or Tokenizer.load(folder, model.args.vocab_size)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
-    step = saved["step"] if saved else 0
-    if saved:
-        optimizer.load_state(saved.pop("optimizer"))
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout),
+                                device_id=device if device.type == "cuda" else None)
     try:
-        train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
+        optimizer = optimizer_for(model, args, world)
+        if saved:
+            load_optimizer(find_checkpoint(args.out), model, optimizer)
+        train(model, optimizer, tokenizer, rows, val, args, saved["step"] if saved else 0, rank, world, note)
+    except RuntimeError as e:                            # of a collective, when a rank is gone or silent
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise InputError(f"lost another rank, or it said nothing for {args.timeout:g} s ({str(e)[-80:]}); {args.out} "
+                         "has the last save: go on with --resume") from None
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
+def together(world):
+    """Wait until all ranks are here."""
+    if world > 1:
+        dist.barrier()
+
+
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
-    out, stop, started = Path(args.out), [], time.time()
+    out, stop, started, device = Path(args.out), [], time.time(), model.output.weight.device
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: stop.append(number))
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
+    together(world)
+    if not (out / "log.jsonl").exists():
+        raise InputError(f"--out {out}: rank {rank} does not see what rank 0 wrote there; machines must share it")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
-        halt = torch.tensor(max(stop, default=0), device=model.output.weight.device)
+        halt = torch.tensor(max(stop, default=0), device=device)
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
         halt = halt.item()
         due = step % args.save_every == 0 or step == args.steps
         if due:                                          # but not on a signal: whoever sent it may not wait
             print(json.dumps(dict(step=step, validation=validate(model, val, args, step, note))), file=log)
-        if rank == 0 and (due or halt):
-            save(out, step, model, optimizer, tokenizer, args)
+        if due or halt:
+            save(out, step, model, optimizer, tokenizer, args, rank, world)
         if halt or step == args.steps:
             break
         if order is None or step % per_epoch == 0:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_model
 import train as T
@@ -28,8 +27,14 @@ def steps(dtype, micro, n, rank=0, world=1):
     model = random_model(dtype=dtype).train()
     args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
                            warmup=0.1, steps=n, batch_size=8, seed=1, clip=1.0)
-    optimizer, data = T.optimizer_for(model, args), rows()
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    optimizer, data, places = T.optimizer_for(model, args, world), rows(), {}
+    ddp = T.distribute(model, EXITS, world)
+
+    def remember(*_):                                    # where each gradient lies, at every micro-batch but a step's first
+        for name, p in model.named_parameters():
+            places.setdefault(name, set()).update([] if p.grad is None else [p.grad.data_ptr()])
+
+    ddp.register_forward_pre_hook(remember)
     # A last batch of 1 first: one rank has a row, the others run one of weight zero.
     plan = [[5], *(b for epoch in range(9) for b in T.batches(data, 8, 1, epoch, 2))]
     for step in range(n):
@@ -40,8 +45,19 @@ def steps(dtype, micro, n, rank=0, world=1):
             first = dict(losses=losses, grads={k: p.grad.clone() for k, p in model.named_parameters()})
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
+        remember()
+        state = T.optimizer_state(model, optimizer)
+        size = dict(weights=size_of(model.parameters()), gradients=size_of(p.grad for p in model.parameters()),
+                    optimizer=size_of((t for s in state.values() for t in s.values()), model.parameters()))
         optimizer.zero_grad()
-    return dict(**first, weights=model.state_dict())
+    return dict(**first, weights=model.state_dict(), places=max(len(x) for x in places.values()), size=size,
+                owned=list(state))
+
+
+def size_of(tensors, apart=()):
+    """Bytes of the memory under the tensors, each piece once, without what lies under `apart`."""
+    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(n for place, n in pieces.items() if place not in {t.untyped_storage().data_ptr() for t in apart})
 
 
 if __name__ == "__main__":
