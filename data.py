@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import urllib.request
 from pathlib import Path
@@ -220,15 +219,11 @@ def fetch(url, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as reply, part.open("wb") as f:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(f, "write", total=size or None, desc=path.name) as shown:
-                shutil.copyfileobj(reply, shown)
-            if size and f.tell() != size:
-                raise OSError(f"{f.tell()} of {size} bytes came")
+        with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            urllib.request.urlretrieve(url, part, lambda blocks, size, total: bar.update(size))
         read_examples(part)
         part.rename(path)
-    except (OSError, InputError) as e:
+    except (OSError, InputError) as e:                   # OSError: fewer bytes came than were announced, too
         raise InputError(f"{url}: {e}; nothing was written, try again") from None
     finally:
         part.unlink(missing_ok=True)

@@ -29,14 +29,12 @@ def exit_losses(model, rows, exits, size):
     total = count = 0
     for i in range(0, len(rows), size):
         tokens, labels = collate(rows[i:i + size], model.output.weight.device)
-        keep = labels != IGNORE
-
-        def score(logits):                               # (N, V) -> loss, hits; one exit's at a time
-            loss = F.cross_entropy(logits, labels[keep], reduction="sum")
-            return torch.stack((loss, (logits.argmax(-1) == labels[keep]).sum()))
-
-        total = total + torch.stack([score(model.logits(h[keep])) for h in model.states(tokens, exits)])
-        count += keep.sum()
+        keep, scores = labels != IGNORE, []
+        for h in model.states(tokens, exits):            # one exit's logits (N, V) at a time
+            logits, want = model.logits(h[keep]), labels[keep]
+            scores.append([F.cross_entropy(logits, want, reduction="sum"), (logits.argmax(-1) == want).sum()])
+        total = total + torch.tensor(scores)             # (X+1, 2)
+        count += keep.sum().item()
     return (total / count).T.tolist()
 
 

@@ -199,9 +199,8 @@ def main():
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
         return
     painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    how = ", ".join(f"{n}: {t:g}" for n, t in thresholds.items()) or "none, full depth"
-    legend = "  ".join(painter.tint(str(n), n) for n in [*thresholds, L])
-    print(f"thresholds {how}; left after layer: {legend} (all)", file=sys.stderr)
+    legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
+    print(f"exits (thresholds): {legend}", file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

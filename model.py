@@ -188,6 +188,7 @@ class Transformer(nn.Module):
             if p.dim() > 1:
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=(self.args.dim * (2 * self.args.n_layers if writes else 1)) ** -0.5)
+        return self
 
     def logits(self, h):
         """output(norm(h)): (..., D) -> (..., V) in fp32 or wider: one head for all exits and the end."""
@@ -281,12 +282,11 @@ def read_args(folder):
         raise InputError(f"{path}: {', '.join(odd)}; LLaMA-2 has {', '.join(known)}")
     params["max_seq_len"] = read_lite(folder).get("max_seq_len", ModelArgs.max_seq_len)
     for name, value in params.items():
-        if value is None and known[name].default is None or name == "vocab_size" and value == -1:
-            continue
-        kind = (int, float) if "float" in str(known[name].type) else int
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-            wanted = "integer" if kind is int else "number"
-            raise InputError(f"{path}: {name} is {value!r}, expected a positive {wanted}")
+        kind = known[name].type | int                    # an integer will do for a float, true will not
+        if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, kind)
+                                                    or value is not None and value <= 0):
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive "
+                             f"{'integer' if kind in (int, int | None) else 'number'}")
     a = ModelArgs(**params)
     if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
         raise InputError(f"{path}: dim {a.dim} does not divide into n_heads {a.n_heads} of an even "

@@ -3,7 +3,7 @@
     python train.py                                     # a tiny LLaMA from nothing, minutes on a CPU
     torchrun train.py --ckpt llama-2-7b                 # LITE-tune Meta's weights on data/alpaca_data.json
     torchrun --nproc-per-node 8 train.py --ckpt llama-2-13b --lr 1e-5 --epochs 5 --activation-checkpointing
-    python train.py --ckpt llama-2-13b --plan --world-size 8        # what that takes of each card; params.json is enough
+    python train.py --ckpt llama-2-7b --plan --world-size 8     # the memory it takes; params.json is enough
     python train.py --no-lite --out plain               # the baseline: the last layer's loss alone
     python train.py --resume                            # go on where out/ stopped, bit for bit
 
@@ -36,8 +36,8 @@ from model import (InputError, ModelArgs, Transformer, check_exits, default_exit
                    load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
 from tiny.questions import embedded, train_tokenizer
 
-GIB, RESERVE = 2 ** 30, 6 * 2 ** 30
-MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}      # not the run: may differ on --resume
+GIB = 2 ** 30
+MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}     # may differ on --resume
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
 RECIPES = {
@@ -80,8 +80,8 @@ class AdamW(torch.optim.Optimizer):
 def optimizer_for(model, args, world=1):
     """AdamW that decays matrices, not norms.
 
-    On several ranks ZeRO, stage 1: each keeps the state of some parameters (whole ones, dealt out largest first),
-    updates these, and sends their new values to the others.
+    On several ranks ZeRO, stage 1: each keeps the state of its share of the parameters (whole ones, the
+    largest dealt out first), updates these, and sends the others their new values.
     """
     matrices, norms = ([p for p in model.parameters() if (p.dim() > 1) == m] for m in (True, False))
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=norms)]
@@ -98,16 +98,13 @@ def optimizer_state(model, optimizer):
 
 @torch.no_grad()
 def load_optimizer(folder, model, optimizer):
-    """Take over masters and moments from the parts that any number of ranks saved.
-
-    By hand: torch's load_state_dict would cast the masters to the weights' dtype.
-    """
+    """Take over what any number of ranks saved. (torch's load_state_dict would cast masters to bf16.)"""
     saved, params = {}, dict(model.named_parameters())
     for path in sorted(folder.glob("optimizer.*.pt")):               # mapped: only what is copied is read
         saved |= load_tensors(path)
     if saved.keys() != params.keys():
-        raise InputError(f"{folder}: the optimizer's state is there for {len(saved)} of {len(params)} parameters; "
-                         "is an optimizer.NN.pt missing?")
+        raise InputError(f"{folder}: the optimizer's state is there for {len(saved)} of {len(params)} "
+                         "parameters; is an optimizer.NN.pt missing?")
     for name, p in params.items():
         p.copy_(saved[name]["master"])
     for name, state in optimizer_state(model, optimizer).items():
@@ -123,10 +120,10 @@ def learning_rate(step, args):
 
 
 def distribute(model, exits, world):
-    """The model in DDP, where p.grad is a view of the buckets that are summed over the ranks: gradients exist once.
+    """The model in DDP, where p.grad is a view of the bucket that is summed over the ranks: it exists once.
 
-    DDP lays its buckets out anew after its first backward pass.  Here that is one without weight: else the first
-    step would hold two sets of gradients, and a resumed run would sum in another order than an uninterrupted one.
+    DDP lays its buckets out anew after its first backward pass.  Here that is one without weight: else the
+    first step would hold two sets of gradients, and that of a resumed run would round unlike any other.
     """
     if world == 1:
         return model
@@ -156,24 +153,26 @@ def gradients(model, rows, batch, args, rank=0, world=1):
 def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     """Write out/step-N whole or not at all, let out/latest point to it, keep the newest two.
 
-    Every rank writes its part of the optimizer's state into a temporary folder, rank 0 the rest; a barrier later
-    rank 0 renames it.  So out/ must be one folder for all machines (see open_log).
+    Every rank writes its part of the optimizer's state, rank 0 the rest, under a temporary name; when all
+    have, rank 0 renames the folder.  Killed at any moment, this leaves an out/ that resumes.
     """
     folder, tmp = out / f"step-{step}", out / f".step-{step}.tmp"
-    link, latest = out / ".latest.tmp", out / "latest"
+    link, latest, wait = out / ".latest.tmp", out / "latest", dist.barrier if world > 1 else lambda: None
     if latest.is_symlink() and latest.readlink().name == folder.name:
         return                                           # a resumed run is where it was
     if rank == 0:
         for old in (folder, *out.glob(".*.tmp")):        # what a killed process left
             shutil.rmtree(old, ignore_errors=True) if not old.is_symlink() else old.unlink()
         tmp.mkdir()
-    together(world)
+    wait()
+    if not tmp.exists():
+        raise InputError(f"--out {out}: rank {rank} does not see what rank 0 wrote; machines must share it")
     torch.save(optimizer_state(model, optimizer), tmp / f"optimizer.{rank:02d}.pt")
     if rank == 0:
         save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
-        (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args={
-            key: value for key, value in vars(args).items() if key not in MACHINE})) + "\n")
-    together(world)
+        run = {key: value for key, value in vars(args).items() if key not in MACHINE}
+        (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=run)) + "\n")
+    wait()
     if rank > 0:
         return
     tmp.rename(folder)
@@ -198,10 +197,10 @@ def parse_args():
     parser.add("--out", "out")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--exits")
-    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses of "
-               "the exits and the last layer (default: all 1)")
-    parser.add("--no-lite", action="store_true", help="plain tuning: no exits, the last layer's loss alone")
-    parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="depth of a model from nothing")
+    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses of exits "
+               "and last layer (default: all 1)")
+    parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
+    parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     add("--steps", "optimizer steps; with --data, instead of --epochs", type=number(int, 1), metavar="N")
     add("--epochs", "passes over --data", type=number(float, 0.001, 1000), metavar="N")
     add("--batch-size", "sequences per step, over all ranks", type=number(int, 1), metavar="N")
@@ -211,18 +210,15 @@ def parse_args():
     add("--max-len", "tokens an example may have; longer responses are cut")
     add("--dtype", "of weights and gradients; the optimizer keeps fp32 copies")
     add("--val", "examples held out for the validation loss", type=number(int, 1), metavar="N")
-    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of the steps in which "
-               "the learning rate rises")
+    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 0), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
-    parser.add("--activation-checkpointing", action="store_true", help="keep only each block's input for the "
-               "backward pass, and recompute the rest: a third more work, a tenth of the memory")
-    parser.add("--plan", action="store_true", help="print the memory that this takes of each card, and stop")
-    parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes to plan for; a run has torchrun's")
-    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="stop if a card needs more GiB than this "
-               "(default: the GPU's own memory; with --plan: 80)")
-    parser.add("--timeout", 600.0, type=number(float, 1), metavar="S", help="seconds without a word after which a rank "
-               "is taken for dead")
+    parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
+    parser.add("--plan", action="store_true", help="print the memory that training takes, and stop")
+    parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes, for --plan")
+    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="GiB a process may need (default: "
+               "what the GPU has; with --plan 80)")
+    parser.add("--timeout", 600.0, type=number(float, 1), metavar="S", help="silence that means a dead rank")
     for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
     return parser.parse_args()
@@ -232,10 +228,11 @@ def resolve(args):
     """Fill in the recipe. Or, on --resume, take the settings of the run in --out and return what it saved."""
     out = Path(args.out)
     if not args.resume:
-        if (out / "latest").exists() and not args.plan:
+        found = [] if args.plan else [p.name for p in out.glob("*")]
+        if "latest" in found:
             raise InputError(f"--out {out} holds a run: go on with --resume, or start anew in another --out")
         ours = re.compile(r"log\.jsonl|step-\d+|\..*\.tmp")       # of a run that died before its first save
-        if out.exists() and not args.plan and not (out.is_dir() and all(ours.fullmatch(p.name) for p in out.iterdir())):
+        if out.is_file() or not all(ours.fullmatch(name) for name in found):
             raise InputError(f"--out {out} exists and is not a run of train.py; choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
             if getattr(args, key, None) is None and not (key == "steps" and args.epochs and args.data):
@@ -282,94 +279,90 @@ def choose_exits(args, shape, folder=None):
 
 def kept(f, x):
     """Bytes that autograd keeps of f(x) for the backward pass, f's parameters apart."""
-    storages, own = {}, {p.untyped_storage()._cdata for p in f.parameters()}
-
-    def pack(t):
-        storages[t.untyped_storage()._cdata] = t         # t lives on, so that no other gets its address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        f(x)
-    return sum(t.untyped_storage().nbytes() for key, t in storages.items() if key not in own)
+    kept, own = [], {p.untyped_storage()._cdata for p in f.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()), lambda _: None):
+        f(x)                                             # never run backward
+    return sum({s._cdata: s.nbytes() for s in kept if s._cdata not in own}.values())
 
 
-def plan(shape, args, world, reserve):
-    """What training takes of the fullest of `world` cards: [(part, bytes, why)], and bytes in all.
+def plan(shape, args, world):
+    """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their peak.
 
-    Nothing is loaded or allocated: on the meta device tensors have shapes alone.  Upper bounds: every sequence has
-    --max-len tokens, all of them a response, and attention is the unfused one, which keeps a (T, T) matrix.
+    On the meta device tensors have shapes alone, so nothing is allocated.  Taken for granted is that all
+    sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices.
     """
     dtype = getattr(torch, args.dtype)
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
-    dealt, c, groups = [0] * world, dtype.itemsize, optimizer_for(model, args).param_groups
-    for p in (p for g in groups for p in sorted(g["params"], key=torch.numel, reverse=True)):       # as ZeRO deals
-        dealt[dealt.index(min(dealt))] += p.numel()
+    dealt, c, L = [0] * world, dtype.itemsize, shape.n_layers
+    for group in optimizer_for(model, args).param_groups:
+        for p in sorted(group["params"], key=torch.numel, reverse=True):         # as ZeRO deals them out
+            dealt[dealt.index(min(dealt))] += p.numel()
     B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
     h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
-    state, block, L = 12 if c < 4 else 8, kept(model.layers[0], h), shape.n_layers
-    thin = args.activation_checkpointing
-    parts = [
-        ("weights", sum(dealt) * c, f"{sum(dealt):,}, {c} bytes each"),
-        ("gradients", sum(dealt) * c, "as many; with several ranks they live in DDP's buckets, once"),
-        ("optimizer", max(dealt) * state, f"{'fp32 master and ' if c < 4 else ''}two moments, {state} bytes, of the "
-         f"{max(dealt):,} weights of the fullest rank"),
-        ("activations", h.nbytes * (len(args.exits) + 1) + (L * h.nbytes + block if thin else L * block),
-         f"{B} sequences of {T} tokens: " + (f"inputs of {L} blocks, one block recomputed" if thin else f"{L} blocks")),
-        ("logits", 3 * 4 * B * T * shape.vocab_size, "of one exit at a time, fp32: logits, log-softmax and gradient"),
-        ("step", max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32; activations "
-         "and logits are gone by then"),
-        ("reserve", reserve, "CUDA, NCCL, fragmentation")]
-    size = {name: n for name, n, _ in parts}
-    return parts, sum(size.values()) - min(size["step"], size["activations"] + size["logits"])
+    block, n, state = kept(model.layers[0], h), sum(dealt), 12 if c < 4 else 8
+    blocks, how = ((L * h.nbytes + block, "their inputs, and one block recomputed") if
+                   args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
+    parts = dict(
+        weights=(n * c, f"{n:,}, {c} bytes each"),
+        gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),
+        optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
+                   f"{max(dealt):,} weights of the fullest rank"),
+        activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
+        logits=(12 * B * T * shape.vocab_size, "logits, log-softmax, gradient in fp32: one exit at a time"),
+        step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32 "
+              "(activations and logits are gone by then)"),
+        reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
+    size = {part: n for part, (n, _) in parts.items()}
+    saved = min(size["step"], size["activations"] + size["logits"])
+    return {**parts, "peak": (sum(size.values()) - saved, f"with {world} process(es)")}
 
 
 def fit(shape, args, world, card, note):
-    """Tell the plan.  InputError if it is more than the card has (bytes; None: no card, no limit)."""
-    shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)      # Meta's files say -1
-    reserve = RESERVE if card else 0
-    parts, total = plan(shape, args, world, reserve)
-    note(f"memory of each of {world} process(es), GiB:")
-    for name, n, why in [*parts, ("in all", total, f"of {card / GIB:.1f}" if card else "")]:
-        note(f"{name:>12} {n / GIB:8.3f}  {why}")
-    if card and total > card:
-        enough = next((n for n in range(1, 513) if plan(shape, args, n, reserve)[1] <= card), None)
-        raise InputError(f"{total / GIB:.1f} GiB per process, the card has {card / GIB:.1f}: " + (
-            f"--nproc-per-node {enough} fits" if enough else "no number of cards is enough; try "
-            "--activation-checkpointing, or a smaller --micro-batch-size or --max-len"))
+    """Tell the plan; InputError if its peak is more than the card's bytes."""
+    shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
+    parts = plan(shape, args, world)
+    note("GiB per card, at most:")
+    for part, (n, why) in parts.items():
+        note(f"{part:>12} {n / GIB:8.2f}  {why}")
+    if (peak := parts["peak"][0]) > card:
+        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["peak"][0] <= card), 0)
+        raise InputError(f"{peak / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
+                         f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
+                         "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
 
 
 def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
     args = parse_args()
-    rank, local, world = (int(os.environ.get(key, default)) for key, default in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", args.world_size)))
-    device = pick_device(args.device, local)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     note = tqdm.write if rank == 0 else (lambda text: None)
     saved = resolve(args)
+    dtype = getattr(torch, args.dtype)
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
     tokenizer = None if folder else train_tokenizer()
     shape = read_args(folder) if folder else replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    on_card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    card = args.card_gb * GIB if args.card_gb else 80 * GIB if args.plan else on_card
-    fit(shape, args, world, card, note)
+    card = GIB * (args.card_gb or (80 if args.plan else 0))
+    if not card and device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory
+    if card:
+        fit(shape, args, args.world_size if args.plan else world, card, note)
     if args.plan:
         return
     torch.manual_seed(args.seed)
     examples = load_examples(args)
-    model = load_meta(folder, getattr(torch, args.dtype), device) if folder else Transformer(shape)
-    if not folder:
-        model.init_weights()
-        model.to(device, getattr(torch, args.dtype))
+    new = None if folder else Transformer(shape).init_weights().to(device, dtype)
+    model = new or load_meta(folder, dtype, device)
     model.checkpoint_blocks = args.activation_checkpointing
     tokenizer = tokenizer or Tokenizer.load(folder, model.args.vocab_size)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=args.timeout),
-                                device_id=device if device.type == "cuda" else None)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
     try:
         optimizer = optimizer_for(model, args, world)
         if saved:
@@ -378,17 +371,11 @@ def main():
     except RuntimeError as e:                            # of a collective, when a rank is gone or silent
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        raise InputError(f"lost another rank, or it said nothing for {args.timeout:g} s ({str(e)[-80:]}); {args.out} "
-                         "has the last save: go on with --resume") from None
+        raise InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
+                         f"the last save: go on with --resume ({str(e).split('. ')[0][-60:]})") from None
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-def together(world):
-    """Wait until all ranks are here."""
-    if world > 1:
-        dist.barrier()
 
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
@@ -399,9 +386,6 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
-    together(world)
-    if not (out / "log.jsonl").exists():
-        raise InputError(f"--out {out}: rank {rank} does not see what rank 0 wrote there; machines must share it")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
         halt = torch.tensor(max(stop, default=0), device=device)

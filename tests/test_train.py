@@ -4,9 +4,11 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,11 @@ import torch
 import train as T
 import worker
 from conftest import ROOT, random_model
-from model import InputError, load_meta
+from data import batches, tokenize
+from eval import exit_losses
+from kill import environ, processes
+from model import Transformer, load_meta
+from tiny.questions import embedded
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 TINY = ["--steps", "6", "--batch-size", "8", "--micro-batch-size", "8", "--val", "16", "--save-every", "3"]
@@ -39,6 +45,10 @@ def weights(out):
     parts = [torch.load(p, weights_only=True) for p in sorted((Path(out) / "latest").glob("optimizer.*.pt"))]
     assert sum(map(len, parts)) == len(set().union(*parts))
     return {name: state for part in parts for name, state in part.items()}
+
+
+def count(path, word):
+    return path.read_text().count(word) if path.exists() else 0
 
 
 def same(a, b):
@@ -136,11 +146,85 @@ def test_bf16_weights_keep_small_updates_in_their_masters():
     assert torch.equal(p, master.bfloat16()) and p.ne(1).all()
 
 
+def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
+    """An Adam step is about lr = 2e-5; half the last bit of a bf16 weight above 2^-7 is more than that."""
+    torch.manual_seed(0)
+    p, plain = (torch.nn.Parameter(torch.randn(100000).mul(0.02).bfloat16()) for _ in range(2))
+    plain.data, start = p.detach().clone(), p.detach().clone()
+    p.grad = plain.grad = torch.randn(100000).bfloat16()
+    mine = T.AdamW([p], lr=2e-5)
+    mine.step()
+    torch.optim.AdamW([plain], lr=2e-5, weight_decay=0.0).step()
+    assert (plain == start).float().mean() > 0.6
+    assert (mine.state[p]["master"] == start).float().mean() < 0.001
+
+
+def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
+    rows, val = (tokenize(embedded(n, split=s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50)
+    loss = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Transformer(replace(T.TINY, vocab_size=tokenizer.size))
+        model.init_weights()
+        model.to(dtype)
+        optimizer = T.optimizer_for(model, args)
+        for step, batch in enumerate(batches(rows, 16, 0, 0, 1)):
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = T.learning_rate(step, args)
+            T.gradients(model, rows, batch, args)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss[dtype] = exit_losses(model, val, args.exits, 50)[0]
+    assert step == 49 and max(loss[torch.float32]) < 2.5                                    # 6.2 before
+    assert loss[torch.bfloat16] == pytest.approx(loss[torch.float32], rel=0.01)
+
+
 def test_learning_rate_rises_then_follows_a_cosine_to_zero():
     args = SimpleNamespace(lr=2.0, warmup=0.1, steps=100)
     got = [T.learning_rate(s, args) for s in range(100)]
     assert got[:10] == pytest.approx([0.2 * (s + 1) for s in range(10)])
     assert got[10:] == pytest.approx([1 + math.cos(math.pi * (s - 10) / 90) for s in range(10, 100)])
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_what_two_ranks_allocate(tmp_path):
+    for dtype in ("bfloat16", "float32"):
+        subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
+        sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
+        args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
+                               lr=0.0, activation_checkpointing=False)
+        parts = {name: n for name, (n, _) in T.plan(random_model().args, args, 2).items()}
+        for part in ("weights", "gradients", "optimizer"):
+            assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
+        assert sum(s["optimizer"] for s in sizes) < 1.1 * 2 * parts["optimizer"]
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_weights():
+    block = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Tanh(), torch.nn.Linear(16, 4, bias=False))
+    x = torch.zeros(10, 8, requires_grad=True)
+    assert T.kept(block, x) == 4 * (10 * 8 + 10 * 16)                   # the input; tanh's result, which two ops keep
+
+
+PARAMS = {"7b": dict(dim=4096, n_layers=32, n_heads=32), "13b": dict(dim=5120, n_layers=40, n_heads=40)}
+
+
+@pytest.mark.parametrize("name, n, flags, code, said", [
+    ("7b", 8, [], 0, "peak    58.34"), ("7b", 1, [], 2, "--nproc-per-node 3 fits"),
+    ("13b", 8, ["--activation-checkpointing"], 0, "peak    75.10"), ("13b", 8, [], 2, "--activation-checkpointing"),
+    ("13b", 2, ["--card-gb", 24], 2, "no number of cards fits"), ("7b", 2, ["--micro-batch-size", 1], 0, "6,738,415,616")])
+def test_a_plan_needs_params_json_alone(tmp_path, name, n, flags, code, said):
+    (tmp_path / "params.json").write_text(json.dumps({**PARAMS[name], "vocab_size": -1, "multiple_of": 256, "norm_eps": 1e-5}))
+    done = train("--ckpt", tmp_path, "--plan", "--world-size", n, *flags, check=False)
+    assert done.returncode == code and said in done.stdout + done.stderr and done.stderr.count("\n") == (code > 0)
+
+
+def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS["7b"]))
+    done = train("--ckpt", tmp_path, "--card-gb", 40, "--data", tmp_path / "none", "--out", tmp_path / "run", check=False)
+    assert done.returncode == 2 and "GiB per process, but" in done.stderr and not (tmp_path / "run").exists()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------
@@ -171,13 +255,17 @@ def test_a_run_leaves_complete_folders_the_newest_two_and_a_log(straight):
     assert all(torch.equal(p, masters[name]["master"].bfloat16()) for name, p in params.items())
 
 
+def back_to_step_3(run, copy):
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    (copy / "latest").unlink()
+    (copy / "latest").symlink_to("step-3")
+    subprocess.run(["rm", "-r", str(copy / "step-6")], check=True)
+
+
 @pytest.mark.parametrize("name, n", [("one", 1), ("two", 2)])
 def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name, n):
     """Set the run back to step 3, with a log line half written; resume without repeating the flags."""
-    subprocess.run(["cp", "-r", str(straight / name), str(tmp_path / "run")], check=True)
-    (tmp_path / "run/latest").unlink()
-    (tmp_path / "run/latest").symlink_to("step-3")
-    subprocess.run(["rm", "-r", str(tmp_path / "run/step-6")], check=True)
+    back_to_step_3(straight / name, tmp_path / "run")
     with (tmp_path / "run/log.jsonl").open("a") as log:
         log.write('{"step": 7, "los')
     done = train("--resume", "--out", tmp_path / "run", n=n)
@@ -221,6 +309,49 @@ def test_epochs_count_with_data_from_nothing_too(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 9))
     train("--data", tmp_path / "d.json", "--epochs", 2, "--batch-size", 4, "--val", 1, "--out", tmp_path / "run")
     assert os.readlink(tmp_path / "run/latest") == "step-4"
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(straight, tmp_path, before, after):
+    """To the same result but for rounding: a rank takes over what it now owns from whoever saved it."""
+    name = {1: "one", 2: "two"}[before]
+    back_to_step_3(straight / name, tmp_path / "run")
+    train("--resume", "--out", tmp_path / "run", n=after)
+    assert len(list((tmp_path / "run/latest").glob("optimizer.*.pt"))) == after
+    got, want = weights(tmp_path / "run"), weights(straight / name)
+    for name, state in want.items():
+        torch.testing.assert_close(got[name]["master"], state["master"], rtol=0, atol=2e-4)
+        assert got[name]["step"] == state["step"] == 6
+
+
+def test_two_machines_a_dead_rank_and_resume(tmp_path):
+    """Two torchrun agents that find each other on a port; one rank is killed, then frozen; the run ends as if it was not."""
+    args = ["--steps", 30, "--batch-size", 8, "--micro-batch-size", 2, "--val", 8, "--save-every", 5]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+
+    def agents(*args):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+                   "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "lite", str(ROOT / "train.py"), *map(str, args)]
+        return [subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "01"]
+
+    run, victim = tmp_path / "run", "rank.1"
+    for resume, sig in ((["--resume"] if i else args, s) for i, s in enumerate((signal.SIGKILL, signal.SIGKILL, None))):
+        both = agents(*resume, "--timeout", 20, "--out", run)
+        if sig:
+            goal = 7 + count(run / "log.jsonl", "losses")
+            while count(run / "log.jsonl", "losses") < goal:
+                assert all(p.poll() is None for p in both), both[0].communicate()[0]
+                time.sleep(0.05)
+            os.kill(next(p for p in processes(run) if f"RANK=1" in environ(p)), sig)
+        texts = [p.communicate(timeout=120)[0] for p in both]
+        if sig:
+            assert all(p.returncode != 0 for p in both)
+            assert sum(t.count("error: lost another rank") for t in texts) == 1
+    assert all(p.returncode == 0 for p in both), texts
+    train(*args, "--out", tmp_path / "straight", n=2)
+    assert same(weights(run), weights(tmp_path / "straight"))
 
 
 @pytest.mark.parametrize("sig, n", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
@@ -284,6 +415,79 @@ def test_tuning_a_checkpoint_on_alpaca_data(checkpoint, tmp_path):
     before, after = load_meta(checkpoint), load_meta(tmp_path / "run", torch.float32)
     assert after.args == before.args
     assert any(not torch.allclose(p, q, atol=1e-2) for p, q in zip(before.parameters(), after.parameters()))
+
+
+def test_a_kill_at_any_write_of_a_save_leaves_a_folder_that_resumes(tmp_path):
+    """A child process ends, without any clean-up, at its k-th change to the file system, for every k."""
+    model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], lr=1e-3, weight_decay=0.0)
+    optimizer, seen = T.optimizer_for(model, args), []
+    for k in range(1, 100):
+        out = tmp_path / f"run{k}"
+        out.mkdir()
+        for step in (1, 2):
+            T.save(out, step, model, optimizer, tokenizer, args)
+        if (child := os.fork()) == 0:
+            torch.set_num_threads(1)                     # threads do not survive a fork
+            die_at_write(k, out)
+            T.save(out, 3, model, optimizer, tokenizer, args)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        step = json.loads((out / "latest/trainer.json").read_text())["step"]
+        again = random_model(1)
+        T.load_optimizer(out / "latest", again, T.optimizer_for(again, args))                # whole: all parts are read
+        assert load_meta(out).args == model.args and os.readlink(out / "latest") == f"step-{step}"
+        seen.append(step)
+        if code == 0:
+            break
+        assert code == 9
+        T.save(out, 4, model, optimizer, tokenizer, args)
+        assert sorted(p.name for p in out.iterdir() if not p.name.startswith("step")) == ["latest"]
+        assert len(list(out.iterdir())) == 3
+    assert code == 0 and seen == sorted(seen) and set(seen) == {2, 3} and k > 15, seen
+
+
+def die_at_write(k, out):
+    """End this process at the k-th time that it opens a file to write, makes, renames, links or removes one below out."""
+    left, save = [k], torch.save
+
+    def count(then=lambda: None):
+        left[0] -= 1
+        if left[0] == 0:
+            then()
+            os._exit(9)
+
+    def watch(event, args):
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in ("os.mkdir", "os.rename", "os.symlink")) and str(out) in str(args) or event in (
+                "os.remove", "os.rmdir"):                # of a tree these name the last part of the path alone
+            count()
+
+    def torch_save(obj, path):                           # writes in C++, unseen by the hook: half of the file, then all
+        count()
+        save(obj, path)
+        count(lambda: os.truncate(path, path.stat().st_size // 2))
+
+    torch.save = torch_save
+    sys.addaudithook(watch)
+
+
+def test_a_run_killed_twice_ends_in_the_weights_of_an_uninterrupted_run(tmp_path):
+    args = ["--steps", 24, *TINY[2:6], "--val", 8, "--save-every", 1]
+    train(*args, "--out", tmp_path / "straight")
+    run = tmp_path / "run"
+    for goal in (6, 14):
+        resume = ["--resume"] if (run / "latest").exists() else args
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, resume), "--out", str(run)], env=ENV,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while count(run / "log.jsonl", "losses") < goal:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert int(os.readlink(run / "latest")[5:]) >= goal - 2
+    train("--resume", "--out", run)
+    assert same(weights(run), weights(tmp_path / "straight"))
 
 
 def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def steps(dtype, micro, n, rank=0, world=1):
 
 def size_of(tensors, apart=()):
     """Bytes of the memory under the tensors, each piece once, without what lies under `apart`."""
-    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(n for place, n in pieces.items() if place not in {t.untyped_storage().data_ptr() for t in apart})
+    pieces, others = ({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ts} for ts in (tensors, apart))
+    return sum(n for place, n in pieces.items() if place not in others)
 
 
 if __name__ == "__main__":
