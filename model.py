@@ -14,7 +14,7 @@ import json
 import math
 import pickle
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                          # a label that carries no loss: prompts and pads
+LOGIT_ROWS = 512                       # positions whose logits, V numbers each, exist at a time in training
 
 
 class InputError(Exception):
@@ -213,14 +214,16 @@ class Transformer(nn.Module):
         """Without labels: logits (B, T, V).  With labels (B, T), the next tokens or IGNORE: losses (X+1,).
 
         Each loss is a *sum* over the labelled positions: only the caller knows their count over all ranks and
-        micro-batches.  Only they meet the head, and each exit's logits are made again in the backward pass
-        (checkpoint), so that one exit's (N, V) is alive at a time instead of all X+1.
+        micro-batches.  Only they meet the head, LOGIT_ROWS at a time, and their logits are made again in the
+        backward pass (checkpoint): one exit's (LOGIT_ROWS, V) is alive at a time, not X+1 of (N, V).
         """
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
-        keep = labels != IGNORE
-        return torch.stack([checkpoint(self.cross_entropy, h[keep], labels[keep], use_reentrant=False)
-                            for h in self.states(tokens, exits)])
+        labels = labels.flatten()
+        parts = (labels != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS)
+        loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        states = [h.flatten(0, 1) for h in self.states(tokens, exits)]                       # (B T, D) each
+        return torch.stack([sum(loss(h.index_select(0, rows), labels[rows]) for rows in parts) for h in states])
 
     def cross_entropy(self, h, targets):
         """Sum over the rows h (N, D) of -log p(target), from one layer's state."""

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import (Parser, Tokenizer, batches, collate, number, pick_device, read_examples, run, share,
                   tokenize)
 from eval import exit_losses
-from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
-                   load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
+from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint,
+                   lite_loss, load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
 from tiny.questions import embedded, train_tokenizer
 
 GIB = 2 ** 30
@@ -309,7 +309,8 @@ def plan(shape, args, world):
         optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
                    f"{max(dealt):,} weights of the fullest rank"),
         activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
-        logits=(12 * B * T * shape.vocab_size, "logits, log-softmax, gradient in fp32: one exit at a time"),
+        logits=(12 * min(B * T, LOGIT_ROWS) * shape.vocab_size, "fp32: logits, log-softmax and gradient, of "
+                f"{LOGIT_ROWS} positions and one exit at a time"),
         step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32 "
               "(activations and logits are gone by then)"),
         reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))

@@ -1,0 +1,116 @@
+"""What LITE's losses cost in training: seconds a step and peak memory, beside plain tuning on the same batches.
+
+    python tests/bench_train.py                                              # the tiny model: half a minute
+    python tests/bench_train.py --ckpt smollm2 --data alpaca_train.json --batch-size 16 --micro-batch-size 8
+
+Each mode runs in processes of its own (memory is the process's largest resident size), in turns, and reports the
+fastest time of each batch: noise of the machine only ever adds.  The bound is what LITE cannot avoid: the plain step,
+and for each exit one norm, head and cross-entropy, forward, recomputed and backward, on response positions alone.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train as T  # noqa: E402
+from data import Tokenizer, batches, collate, read_examples, share, tokenize  # noqa: E402
+from model import IGNORE, LOGIT_ROWS, Transformer, default_exits, load_meta  # noqa: E402
+from tiny.questions import embedded, train_tokenizer  # noqa: E402
+
+
+def setup(args):
+    """Model, rows and a few batches, the same in every mode: an epoch's, at even distances when sorted by tokens."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    if args.ckpt:
+        model = load_meta(args.ckpt, dtype)
+        rows = tokenize(read_examples(args.data), Tokenizer.load(args.ckpt, model.args.vocab_size), args.max_len, lambda s: 0)
+    else:
+        tokenizer = train_tokenizer()
+        model = Transformer(replace(T.TINY, vocab_size=tokenizer.size)).init_weights().to(dtype)
+        rows = tokenize(embedded(100 * args.batch_size), tokenizer, 64)
+    order = batches(rows, args.batch_size, 0, 0, 16 if args.ckpt else 1)
+    order = sorted((b for b in order if len(b) == args.batch_size), key=lambda b: sum(len(rows[i][0]) for i in b))
+    return model, rows, [order[(2 * i + 1) * len(order) // (2 * args.steps)] for i in range(args.steps)]
+
+
+def measure(args):
+    """Run one mode over the batches; print its times and the process's peak memory, bytes."""
+    model, rows, plan = setup(args)
+    exits = default_exits(model.args.n_layers) if args.mode == "lite" else []
+    run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), micro_batch_size=args.micro_batch_size,
+                          weight_decay=0.0, lr=1e-4)
+    optimizer, seconds = T.optimizer_for(model, run), []
+
+    def step(batch):
+        T.gradients(model, rows, batch, run)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def heads(batch):
+        """One exit's share: norm, head and cross-entropy on the responses of each micro-batch, recomputed backward."""
+        for part in share(batch, 0, 1, args.micro_batch_size):
+            labels = collate([rows[i] for i in part])[1]
+            for targets in labels[labels != IGNORE].split(LOGIT_ROWS):
+                h = torch.randn(len(targets), model.args.dim, dtype=model.output.weight.dtype, requires_grad=True)
+                checkpoint(model.cross_entropy, h, targets, use_reentrant=False).backward()
+
+    for batch in [plan[0], *plan]:                       # the first time warms up
+        clock = time.perf_counter()
+        heads(batch) if args.mode == "heads" else step(batch)
+        seconds.append(time.perf_counter() - clock)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    tokens = [sum(len(rows[i][0]) for i in batch) for batch in plan]
+    print(json.dumps(dict(seconds=seconds[1:], peak=peak, tokens=sum(tokens), exits=len(default_exits(model.args.n_layers)))))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", help="Meta-format folder (default: the tiny model from nothing)")
+    parser.add_argument("--data", help="Alpaca-format file, with --ckpt")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=32)
+    parser.add_argument("--max-len", type=int, default=512)
+    parser.add_argument("--dtype", help="default: float32, with --ckpt bfloat16")
+    parser.add_argument("--steps", type=int, default=8, help="batches per mode and round (default: 8)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--mode", choices=("plain", "lite", "heads"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.ckpt else "float32")
+    if args.mode:
+        return measure(args)
+    results = {"plain": [], "lite": [], "heads": []}
+    for _ in range(args.rounds):
+        for mode in results:
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--mode", mode], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            results[mode].append(json.loads(done.stdout.splitlines()[-1]))
+    best = {m: sum(map(min, zip(*(r["seconds"] for r in rs)))) / args.steps for m, rs in results.items()}
+    peak = {m: min(r["peak"] for r in rs) for m, rs in results.items()}
+    tokens, exits = results["plain"][0]["tokens"], results["plain"][0]["exits"]
+    bound = best["plain"] + exits * best["heads"]
+    print(f"{args.ckpt or 'tiny'}, {args.dtype}, {args.steps} batches of {args.batch_size} ({tokens / args.steps:.0f} tokens), "
+          f"{exits} exits, {torch.get_num_threads()} threads")
+    print(f"{'':>22} {'s/step':>8} {'tokens/s':>9} {'peak MiB':>9}")
+    for mode in ("plain", "lite"):
+        print(f"{mode:>22} {best[mode]:>8.3f} {tokens / args.steps / best[mode]:>9.0f} {peak[mode] / 2**20:>9.0f}")
+    print(f"{'bound':>22} {bound:>8.3f}  = plain + {exits} x {best['heads']:.3f}")
+    print(f"LITE takes {best['lite'] / best['plain']:.2f}x plain's time, {best['lite'] / bound:.2f}x the bound, "
+          f"and {peak['lite'] / peak['plain']:.2f}x plain's memory")
+
+
+if __name__ == "__main__":
+    main()
