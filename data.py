@@ -30,12 +30,12 @@ def number(kind, low, high=math.inf, many=False):
     def parse(text):
         try:
             values = [kind(x) for x in text.split(",")]
+            if all(low <= x <= high for x in values) and (many or len(values) == 1):
+                return values if many else values[0]
         except ValueError:
-            values = []
-        if not values or not all(low <= x <= high for x in values) or not many and len(values) > 1:
-            span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
-            raise argparse.ArgumentTypeError(f"{text} given; expected {span}")
-        return values if many else values[0]
+            pass
+        span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
+        raise argparse.ArgumentTypeError(f"{text} given; expected {span}")
     return parse
 
 

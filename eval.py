@@ -95,7 +95,7 @@ def summarise(records, full, n_layers):
     speed, base = (sum(len(r["exits"]) for r in rs) / max(1e-9, sum(r["seconds"] for r in rs))
                    for rs in (records, full))
     layers = sum(depths) / max(1, len(depths))
-    row = dict(layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed,
+    row = dict(prompts=len(records), layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed,
                speedup=speed / max(base, 1e-9),
                agreement=rate([sum(r["agrees"]) for r in records], [len(r["agrees"]) for r in records]),
                early_agreement=rate([sum(x) for x in early], [len(x) for x in early]),
@@ -107,18 +107,6 @@ def summarise(records, full, n_layers):
         row["exact"] = rate([r["exact"] for r in records], [1] * len(gaps))
         row["exact_gap"] = [mean, 1.96 * spread]
     return row
-
-
-def by_group(records, examples):
-    """{group: {setting: [n, exact share, mean layers]}}."""
-    groups = {}
-    for group in sorted({e["group"] for e in examples}):
-        for name, rs in records.items():
-            mine = [r for r, e in zip(rs, examples) if e["group"] == group]
-            depths = [n for r in mine for n in r["exits"]]
-            exact = None if mine[0]["exact"] is None else sum(r["exact"] for r in mine) / len(mine)
-            groups.setdefault(group, {})[name] = [len(mine), exact, sum(depths) / max(1, len(depths))]
-    return groups
 
 
 def evaluate(model, tokenizer, lite, examples, args):
@@ -135,8 +123,14 @@ def evaluate(model, tokenizer, lite, examples, args):
     settings = {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
     records = measure(model, tokenizer, examples, settings, args)
-    result["sweep"] = {name: summarise(rs, records["1"], L) for name, rs in records.items()}
-    result["groups"] = by_group(records, examples)
+
+    def rows_of(group=None):                             # of the table: a setting each
+        mine = {name: [r for r, e in zip(rs, examples) if group in (None, e["group"])]
+                for name, rs in records.items()}
+        return {name: summarise(rs, mine["1"], L) for name, rs in mine.items()}
+
+    result["sweep"] = rows_of()
+    result["groups"] = {group: rows_of(group) for group in sorted({e["group"] for e in examples})}
     return result
 
 
@@ -165,8 +159,9 @@ def show(result):
         names = "".join(f"{name:>16}" for name in result["sweep"])
         print(f"\nexact match % / mean layers\n{'group':>16} {'n':>5}{names}")
         for group, cells in result["groups"].items():
-            row = "".join(f"{percent(exact):>10} /{layers:>4.1f}" for _, exact, layers in cells.values())
-            print(f"{group:>16} {cells['1'][0]:>5}{row}")
+            row = "".join(f"{percent(r['exact'][0]) if 'exact' in r else '-':>10} /{r['layers']:>4.1f}"
+                          for r in cells.values())
+            print(f"{group:>16} {cells['1']['prompts']:>5}{row}")
 
 
 def main():

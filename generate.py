@@ -165,8 +165,8 @@ def summary(answers, n_layers):
             f"{(len(depths) - len(answers)) / decode:.0f} tokens/s")
 
 
-def parse_args():
-    """The command line; see --help."""
+def main():
+    """Answer the prompts: streamed and tinted, or as JSON."""
     parser = Parser(__doc__)
     parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
@@ -176,12 +176,7 @@ def parse_args():
         parser.add(flag)
     for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
         parser.add(flag, default)
-    return parser.parse_args()
-
-
-def main():
-    """Answer the prompts: streamed and tinted, or as JSON."""
-    args = parse_args()
+    args = parser.parse_args()
     examples = [dict(instruction=p, input="") for p in args.prompt]
     examples += [e for path in args.data or [] for e in read_examples(path)]
     if not examples and args.raw is None:

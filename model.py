@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         parts = (labels != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS)
         loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
         states = [h.flatten(0, 1) for h in self.states(tokens, exits)]                       # (B T, D) each
-        return torch.stack([sum(loss(h.index_select(0, rows), labels[rows]) for rows in parts) for h in states])
+        return torch.stack([sum(loss(h.index_select(0, i), labels[i]) for i in parts) for h in states])
 
     def cross_entropy(self, h, targets):
         """Sum over the rows h (N, D) of -log p(target), from one layer's state."""
@@ -253,14 +253,10 @@ def find_checkpoint(folder):
     folder = folder / "latest" if (folder / "latest").exists() else folder
     if (folder / "params.json").exists():
         return folder
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with params.json and consolidated.00.pth")
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-    if "config.json" in found or list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} is a Hugging Face folder ({found}); wanted is Meta's format: "
-                         "params.json, consolidated.*.pth, tokenizer.model (Llama-2-7b, not Llama-2-7b-hf)")
-    raise InputError(f"{folder}: no params.json there (found: {found}); expected Meta's params.json, "
-                     "consolidated.NN.pth and tokenizer.model")
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
+    hint = " (this is a Hugging Face folder; take Llama-2-7b, not Llama-2-7b-hf)" * ("config.json" in names)
+    raise InputError(f"{folder}: no params.json there, found: {', '.join(names[:5]) or 'nothing'}; expected "
+                     f"Meta's params.json, consolidated.NN.pth and tokenizer.model{hint}")
 
 
 def read_lite(folder):
@@ -309,8 +305,8 @@ def load_tensors(path):
         raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
 
 
-def read_weights(folder):
-    """Meta's state dict, memory-mapped; model-parallel shards are merged key by key."""
+def read_shards(folder):
+    """Meta's state dicts, memory-mapped: one, or one of each model-parallel process that trained."""
     paths, shards = sorted(Path(folder).glob("consolidated.*.pth")), []
     if not paths:
         raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
@@ -320,36 +316,35 @@ def read_weights(folder):
         shards.append(load_tensors(path))
         if not isinstance(shards[-1], dict) or {type(w) for w in shards[-1].values()} != {torch.Tensor}:
             raise InputError(f"{path}: not a dictionary of tensors")
-    if len({frozenset(s) for s in shards}) > 1:
-        raise InputError(f"{folder}: the shards hold different keys; are they from one model?")
-    if len(shards) == 1:
-        return shards[0]
-    merged = {}
-    for key in list(shards[0]):                          # split by columns where the input was, else by rows
-        parts = [s.pop(key) for s in shards]
-        by_column = key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))
-        merged[key] = parts[0] if parts[0].dim() == 1 else torch.cat(parts, dim=int(by_column))
-    return merged
+    return shards
+
+
+def merge(key, parts):
+    """One weight from its shards: split by columns where its input was, else by rows; norms are not split."""
+    if len(parts) == 1 or parts[0].dim() == 1:
+        return parts[0]
+    return torch.cat(parts, dim=int(key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))))
 
 
 def load_meta(folder, dtype=None, device="cpu"):
     """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError."""
     folder = find_checkpoint(folder)
-    args, weights = read_args(folder), read_weights(folder)
-    weights.pop("rope.freqs", None)                      # in Meta's files; rope_table computes them
+    args, shards, weights = read_args(folder), read_shards(folder), {}
     if args.vocab_size == -1:                            # no embeddings: no rows; the check below names them
-        args.vocab_size = len(weights.get("tok_embeddings.weight", ()))
+        args.vocab_size = len(shards[0].get("tok_embeddings.weight", ()))
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
     want = model.state_dict()
-    if odd := sorted(want.keys() ^ weights.keys()):
+    known = {"rope.freqs"}                               # in Meta's files; rope_table computes them
+    if odd := sorted(set().union(*((want.keys() ^ s.keys()) - known for s in shards))):
         names = ", ".join(f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4])
         raise InputError(f"{folder}: weights do not fit params.json: {names}, {len(odd)} in all")
-    if bad := [key for key in want if want[key].shape != weights[key].shape]:
-        raise InputError(f"{folder}: {bad[0]} is {tuple(weights[bad[0]].shape)}, params.json says "
-                         f"{tuple(want[bad[0]].shape)}, {len(bad)} such; is a shard missing?")
-    for key in want:                                     # one at a time: no second copy of the whole
-        weights[key] = weights[key].to(device, dtype)
+    for key, w in want.items():                          # one at a time: no second copy of the whole
+        merged = merge(key, [shard.pop(key) for shard in shards])
+        if merged.shape != w.shape:
+            raise InputError(f"{folder}: {key} is {tuple(merged.shape)}, params.json says {tuple(w.shape)}; "
+                             "is a shard missing?")
+        weights[key] = merged.to(device, dtype)
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -2,7 +2,6 @@
 
     python train.py                                     # a tiny LLaMA from nothing, minutes on a CPU
     torchrun train.py --ckpt llama-2-7b                 # LITE-tune Meta's weights on data/alpaca_data.json
-    torchrun --nproc-per-node 8 train.py --ckpt llama-2-13b --lr 1e-5 --epochs 5 --activation-checkpointing
     python train.py --ckpt llama-2-7b --plan --world-size 8     # the memory it takes; params.json is enough
     python train.py --no-lite --out plain               # the baseline: the last layer's loss alone
     python train.py --resume                            # go on where out/ stopped, bit for bit
@@ -32,8 +31,9 @@ from tqdm import tqdm
 from data import (Parser, Tokenizer, batches, collate, number, pick_device, read_examples, run, share,
                   tokenize)
 from eval import exit_losses
-from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint,
-                   lite_loss, load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
+from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, default_exits,
+                   find_checkpoint, lite_loss, load_meta, load_tensors, read_args, read_json, read_lite,
+                   save_meta, wide)
 from tiny.questions import embedded, train_tokenizer
 
 GIB = 2 ** 30
@@ -71,10 +71,10 @@ class AdamW(torch.optim.Optimizer):
             (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps")}
             for p in group["params"]:                    # one by one: one fp32 gradient at a time
                 if p.grad is not None:
-                    master, m, v, steps = ([t] for t in self.state_of(p).values())
-                    adamw(master, [wide(p.grad)], m, v, [], steps, fused=True, amsgrad=False, maximize=False,
-                          beta1=beta1, beta2=beta2, **rest)
-                    p.copy_(master[0])
+                    master, m, v, steps = self.state_of(p).values()
+                    adamw([master], [wide(p.grad)], [m], [v], [], [steps], fused=True, amsgrad=False,
+                          maximize=False, beta1=beta1, beta2=beta2, **rest)
+                    p.copy_(master)
 
 
 def optimizer_for(model, args, world=1):
@@ -91,9 +91,9 @@ def optimizer_for(model, args, world=1):
 
 def optimizer_state(model, optimizer):
     """{name: state} of the parameters whose state this rank keeps: what it saves."""
-    adamw = getattr(optimizer, "optim", optimizer)                   # ZeRO's local part
-    mine = {p for group in adamw.param_groups for p in group["params"]}
-    return {name: adamw.state_of(p) for name, p in model.named_parameters() if p in mine}
+    local = getattr(optimizer, "optim", optimizer)                   # ZeRO's own part
+    mine = {p for group in local.param_groups for p in group["params"]}
+    return {name: local.state_of(p) for name, p in model.named_parameters() if p in mine}
 
 
 @torch.no_grad()
@@ -137,7 +137,8 @@ def gradients(model, rows, batch, args, rank=0, world=1):
     """Run a global batch forward and backward. Returns the mean loss of each exit and the last layer, (X+1,).
 
     It is one mean over all response tokens of the batch, however this is cut into ranks and micro-batches:
-    each part adds its sum / count.  DDP averages gradients over the ranks, hence `* world`.
+    each part adds its sum / count.  DDP averages gradients over the ranks, hence `* world`, and at every
+    micro-batch, on purpose: under no_sync the gradients would leave the buckets, and exist twice.
     """
     count = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch))
     total = 0
@@ -211,7 +212,7 @@ def parse_args():
     add("--dtype", "of weights and gradients; the optimizer keeps fp32 copies")
     add("--val", "examples held out for the validation loss", type=number(int, 1), metavar="N")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
-    parser.add("--clip", 1.0, type=number(float, 0), metavar="X", help="largest norm of the gradient")
+    parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--plan", action="store_true", help="print the memory that training takes, and stop")
@@ -228,12 +229,9 @@ def resolve(args):
     """Fill in the recipe. Or, on --resume, take the settings of the run in --out and return what it saved."""
     out = Path(args.out)
     if not args.resume:
-        found = [] if args.plan else [p.name for p in out.glob("*")]
-        if "latest" in found:
-            raise InputError(f"--out {out} holds a run: go on with --resume, or start anew in another --out")
         ours = re.compile(r"log\.jsonl|step-\d+|\..*\.tmp")       # of a run that died before its first save
-        if out.is_file() or not all(ours.fullmatch(name) for name in found):
-            raise InputError(f"--out {out} exists and is not a run of train.py; choose another")
+        if not args.plan and (out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*"))):
+            raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
             if getattr(args, key, None) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, value)
@@ -315,8 +313,8 @@ def plan(shape, args, world):
               "(activations and logits are gone by then)"),
         reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
     size = {part: n for part, (n, _) in parts.items()}
-    saved = min(size["step"], size["activations"] + size["logits"])
-    return {**parts, "peak": (sum(size.values()) - saved, f"with {world} process(es)")}
+    apart = min(size["step"], size["activations"] + size["logits"])              # never there together
+    return {**parts, "peak": (sum(size.values()) - apart, f"with {world} process(es)")}
 
 
 def fit(shape, args, world, card, note):
@@ -346,16 +344,17 @@ def main():
     shape = read_args(folder) if folder else replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers)
     choose_exits(args, shape, folder)
     card = GIB * (args.card_gb or (80 if args.plan else 0))
-    if not card and device.type == "cuda":
-        card = torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        card = card or torch.cuda.get_device_properties(device).total_memory
     if card:
         fit(shape, args, args.world_size if args.plan else world, card, note)
     if args.plan:
         return
     torch.manual_seed(args.seed)
     examples = load_examples(args)
-    new = None if folder else Transformer(shape).init_weights().to(device, dtype)
-    model = new or load_meta(folder, dtype, device)
+    model = (load_meta(folder, dtype, device) if folder else
+             Transformer(shape).init_weights().to(device, dtype))
     model.checkpoint_blocks = args.activation_checkpointing
     tokenizer = tokenizer or Tokenizer.load(folder, model.args.vocab_size)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
@@ -385,7 +384,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: stop.append(number))
     ddp = distribute(model, args.exits, world)
-    per_epoch, order = math.ceil(len(rows) / args.batch_size), None
+    per_epoch, order, names = math.ceil(len(rows) / args.batch_size), None, [*args.exits, "last"]
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
@@ -394,8 +393,12 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
             dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
         halt = halt.item()
         due = step % args.save_every == 0 or step == args.steps
-        if due:                                          # but not on a signal: whoever sent it may not wait
-            print(json.dumps(dict(step=step, validation=validate(model, val, args, step, note))), file=log)
+        if due and not halt:                             # whoever sent a signal may not wait
+            losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
+            check_finite(losses, step, out)
+            print(json.dumps(dict(step=step, validation=losses)), file=log)
+            note(f"step {step}: validation loss (tokens right) " + ", ".join(
+                f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip(names, losses, right)))
         if due or halt:
             save(out, step, model, optimizer, tokenizer, args, rank, world)
         if halt or step == args.steps:
@@ -414,7 +417,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
         print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens,
                               seconds=seconds)), file=log)
-        shown = " ".join(f"{n}: {x:.2f}" for n, x in zip([*args.exits, "last"], losses))
+        shown = " ".join(f"{n}: {x:.2f}" for n, x in zip(names, losses))
         bar.set_postfix_str(f"loss at {shown}, {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
     bar.close()
@@ -422,15 +425,6 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         note(f"stopped by signal {halt} after step {step}; saved; go on with --resume")
         sys.exit(128 + halt)
     note(f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
-
-
-def validate(model, val, args, step, note):
-    """Tell loss and accuracy of each exit and the last layer on held-out rows. Returns the losses (X+1,)."""
-    losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
-    check_finite(losses, step, args.out)
-    note(f"step {step}: validation loss (tokens right) " + ", ".join(
-        f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip([*args.exits, "last"], losses, right)))
-    return losses
 
 
 def check_finite(values, step, out):

@@ -91,7 +91,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--ckpt CKPT --data DATA --max-len 3 --val 1 --out DIR/new", ["every example", "--max-len"]),
     ("train", "--ckpt CKPT --data DATA --max-len 40 --out DIR/new", ["--val 200", "2 examples"]), ("train", "--ckpt CKPT --data DATA --max-len 5000 --val 1 --out DIR/new", ["context"]),
     ("train", "--ckpt CKPT --data DIR/koala.jsonl --max-len 40 --val 1 --out DIR/new", ["output"]),
-    ("train", "--out DIR/mine", ["exists and is not a run"]), ("train", "--out DIR/file", ["exists and is not a run"]),
+    ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]),
     ("train", "--resume --out DIR/new", ["no such folder", "new"]), ("train", "--resume --out DIR/mine", ["mine"]), ("train", "--resume --out CKPT", ["no run to go on"]),
     ("train", "--exits 2,9 --out DIR/new", ["--exits"]), ("train", "--weights 1,2 --out DIR/new", ["--weights", "expected 4"]),
     ("train", "--batch-size 0 --out DIR/new", ["--batch-size"]), ("train", "--dtype float16 --out DIR/new", ["float16"]),

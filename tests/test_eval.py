@@ -124,7 +124,7 @@ def test_one_threshold_saves_two_fifths_of_the_layers_for_a_point(tiny):
     assert row["saved"] >= 0.40 and row["exact_gap"][0] >= -0.01 - row["exact_gap"][1]
     assert row["agreement"][0] >= 0.98
     json.dumps(result)                                   # what --json prints
-    groups = {g: cells["0.9"][2] for g, cells in result["groups"].items()}
+    groups = {g: cells["0.9"]["layers"] for g, cells in result["groups"].items()}
     assert groups["reverse 3"] < groups["reverse 6"] and groups["sort 3"] < groups["jump 4"]       # harder: deeper
 
 

@@ -232,10 +232,11 @@ def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """An uninterrupted run of 6 steps, and one with accumulation in two processes."""
+    """Uninterrupted runs of 6 steps: in one process; with accumulation in two; in bf16 in two."""
     out = tmp_path_factory.mktemp("straight")
     train(*TINY, "--out", out / "one")
     train(*TINY, "--out", out / "two", "--micro-batch-size", 2, n=2)
+    train(*TINY, "--out", out / "bf16", "--dtype", "bfloat16", "--activation-checkpointing", n=2)
     return out
 
 
@@ -262,7 +263,7 @@ def back_to_step_3(run, copy):
     subprocess.run(["rm", "-r", str(copy / "step-6")], check=True)
 
 
-@pytest.mark.parametrize("name, n", [("one", 1), ("two", 2)])
+@pytest.mark.parametrize("name, n", [("one", 1), ("two", 2), ("bf16", 2)])
 def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name, n):
     """Set the run back to step 3, with a log line half written; resume without repeating the flags."""
     back_to_step_3(straight / name, tmp_path / "run")
@@ -270,6 +271,7 @@ def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name
         log.write('{"step": 7, "los')
     done = train("--resume", "--out", tmp_path / "run", n=n)
     assert same(weights(tmp_path / "run"), weights(straight / name))
+    assert {t.dtype for s in weights(tmp_path / "run").values() for t in s.values()} == {torch.float32}
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log if "losses" in e] == [1, 2, 3, 4, 5, 6], done.stderr
     assert [e["step"] for e in log if "validation" in e] == [0, 3, 6]
