@@ -30,7 +30,7 @@ def number(kind, low, high=math.inf, many=False):
     def parse(text):
         try:
             values = [kind(x) for x in text.split(",")]
-            if all(low <= x <= high for x in values) and (many or len(values) == 1):
+            if all(low <= x <= high and x < math.inf for x in values) and (many or len(values) == 1):
                 return values if many else values[0]
         except ValueError:
             pass
@@ -46,15 +46,13 @@ FLAGS = {
     "--out": dict(metavar="DIR", help="folder to write the run to"),
     "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
                     "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
-    "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="leave at an exit whose "
-                        "confidence is greater than this, one for all exits or one each: 0 leaves at the "
-                        "first, 1 never (default: the checkpoint's, else 1)"),
+    "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "
+                        "which to leave, for all exits or one each; 1: never (default: lite.json's, else 1)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
     "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
     "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else it divides the logits"),
-    "--top-p": dict(type=number(float, 1e-9, 1), metavar="X",
-                    help="sample from the likeliest tokens that together hold this share of probability"),
-    "--seed": dict(type=int, metavar="N", help="of everything random"),
+    "--top-p": dict(type=number(float, 1e-9, 1), metavar="X", help="draw from the likeliest that hold this share"),
+    "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
     "--limit": dict(type=number(int, 1), metavar="N", help="use the first N examples only"),
@@ -85,25 +83,25 @@ def run(main):
     """Call main(). What the user can mend is one line on stderr and exit code 2; a traceback is our bug."""
     try:
         main()
-    except InputError as e:
+    except BrokenPipeError:                              # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(e).split("\n")), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                              # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def pick_device(name=None, local_rank=0):
-    """The torch.device to run on; InputError if a GPU is asked for and absent."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name}: expected cpu, cuda or cuda:N")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: found {torch.cuda.device_count()} CUDA devices; try --device cpu")
-    return device
+def pick_device(name=None):
+    """The torch.device to run on; under torchrun each process of a machine gets a GPU of its own."""
+    name, found = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    rank, n = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or n > 1 and ":" in name:
+        raise InputError(f"--device {name}: expected cpu, cuda or, for a single process, cuda:N")
+    if name != "cpu" and (n if name == "cuda" else int(name[5:]) + 1) > found:
+        raise InputError(f"--device {name}: found {found} CUDA devices for {n} process(es); try --device cpu")
+    return torch.device(f"cuda:{rank}" if name == "cuda" else name)
 
 
 PREAMBLE = "Below is an instruction that describes a task"

@@ -91,14 +91,12 @@ def measure(model, tokenizer, examples, settings, args):
 def summarise(records, full, n_layers):
     """One row of the sweep from a setting's records and, to compare with, full depth's."""
     depths = [n for r in records for n in r["exits"]]
-    early = [[ok for ok, n in zip(r["agrees"], r["exits"]) if n < n_layers] for r in records]
     speed, base = (sum(len(r["exits"]) for r in rs) / max(1e-9, sum(r["seconds"] for r in rs))
                    for rs in (records, full))
     layers = sum(depths) / max(1, len(depths))
     row = dict(prompts=len(records), layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed,
                speedup=speed / max(base, 1e-9),
                agreement=rate([sum(r["agrees"]) for r in records], [len(r["agrees"]) for r in records]),
-               early_agreement=rate([sum(x) for x in early], [len(x) for x in early]),
                exits={n: depths.count(n) for n in sorted(set(depths))})
     if records[0]["exact"] is not None:
         gaps = [r["exact"] - f["exact"] for r, f in zip(records, full)]          # paired, prompt by prompt
@@ -146,13 +144,13 @@ def show(result):
         print(f"\nteacher-forced\n{'exit':>6} {'loss':>8} {'accuracy %':>11}")
         for n, loss, accuracy in result["teacher_forced"]:
             print(f"{n:>6} {loss:>8.3f} {percent(accuracy):>11}")
-    print(f"\n{'threshold':>18} {'layers':>7} {'saved %':>8} {'agreement %':>18} {'early ones %':>18} "
+    print(f"\n{'threshold':>18} {'layers':>7} {'saved %':>8} {'agreement %':>18} "
           f"{'exact match %':>18} {'vs full':>12} {'tok/s':>6} {'speed':>6}")
     for name, r in result["sweep"].items():
-        agreement, early = (percent(x[0], x[1:3]) for x in (r["agreement"], r["early_agreement"]))
+        agreement = percent(r["agreement"][0], r["agreement"][1:3])
         exact = percent(r["exact"][0], r["exact"][1:3]) if "exact" in r else "-"
         gap = "{:+.1f} ±{:.1f}".format(*(100 * x for x in r["exact_gap"])) if "exact" in r else "-"
-        print(f"{name:>18} {r['layers']:>7.2f} {percent(r['saved']):>8} {agreement:>18} {early:>18} "
+        print(f"{name:>18} {r['layers']:>7.2f} {percent(r['saved']):>8} {agreement:>18} "
               f"{exact:>18} {gap:>12} {r['tokens_per_second']:>6.0f} {r['speedup']:>5.2f}x")
     print(f"{result['prompts']} prompts; {sum(result['sweep']['1']['exits'].values())} tokens at full depth")
     if len(result["groups"]) > 1:

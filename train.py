@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -152,7 +153,7 @@ def gradients(model, rows, batch, args, rank=0, world=1):
 
 
 def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
-    """Write out/step-N whole or not at all, let out/latest point to it, keep the newest two.
+    """Write out/step-N whole or not at all, let out/latest point to it, keep the one before.
 
     Every rank writes its part of the optimizer's state, rank 0 the rest, under a temporary name; when all
     have, rank 0 renames the folder.  Killed at any moment, this leaves an out/ that resumes.
@@ -162,8 +163,13 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     if latest.is_symlink() and latest.readlink().name == folder.name:
         return                                           # a resumed run is where it was
     if rank == 0:
-        for old in (folder, *out.glob(".*.tmp")):        # what a killed process left
-            shutil.rmtree(old, ignore_errors=True) if not old.is_symlink() else old.unlink()
+        last = latest.readlink().name if latest.is_symlink() else ""
+        for old in out.iterdir():                        # older saves, and what a killed process left
+            if re.fullmatch(r"step-\d+|\..*\.tmp", old.name) and old.name != last:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        need, free = 14 * sum(p.numel() for p in model.parameters()), shutil.disk_usage(out).free
+        if need > free:
+            raise InputError(f"{out}: a save takes {need / GIB:.1f} GiB, {free / GIB:.1f} are free")
         tmp.mkdir()
     wait()
     if not tmp.exists():
@@ -171,17 +177,18 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     torch.save(optimizer_state(model, optimizer), tmp / f"optimizer.{rank:02d}.pt")
     if rank == 0:
         save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
-        run = {key: value for key, value in vars(args).items() if key not in MACHINE}
-        (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=run)) + "\n")
+        (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=settings(args))) + "\n")
     wait()
     if rank > 0:
         return
     tmp.rename(folder)
     link.symlink_to(folder.name)
     link.replace(latest)
-    others = [p for p in out.iterdir() if re.fullmatch(r"step-\d+", p.name) and p != folder]
-    for old in sorted(others, key=lambda p: int(p.name[5:]))[:-1]:
-        shutil.rmtree(old)
+
+
+def settings(args):
+    """What makes the run, and stays when it is resumed; not where and how it runs."""
+    return {key: value for key, value in vars(args).items() if key not in MACHINE}
 
 
 def parse_args():
@@ -219,7 +226,7 @@ def parse_args():
     parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes, for --plan")
     parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="GiB a process may need (default: "
                "what the GPU has; with --plan 80)")
-    parser.add("--timeout", 600.0, type=number(float, 1), metavar="S", help="silence that means a dead rank")
+    parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
     for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
     return parser.parse_args()
@@ -229,7 +236,7 @@ def resolve(args):
     """Fill in the recipe. Or, on --resume, take the settings of the run in --out and return what it saved."""
     out = Path(args.out)
     if not args.resume:
-        ours = re.compile(r"log\.jsonl|step-\d+|\..*\.tmp")       # of a run that died before its first save
+        ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
         if not args.plan and (out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*"))):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
@@ -241,11 +248,12 @@ def resolve(args):
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
     saved = read_json(path)
     given = {flag[2:].split("=")[0].replace("-", "_") for flag in sys.argv[1:] if flag.startswith("--")}
-    for key in sorted(given - MACHINE):
+    layout = {key: getattr(args, key) for key in given & {"micro_batch_size", "activation_checkpointing"}}
+    for key in sorted(given - MACHINE - layout.keys()):
         if key in saved["args"] and getattr(args, key) != saved["args"][key]:
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: the run in {out} has "
                              f"{saved['args'][key]}; a resumed run keeps its settings")
-    vars(args).update(saved["args"])
+    vars(args).update(saved["args"] | layout)            # which changes rounding alone
     return saved
 
 
@@ -335,7 +343,7 @@ def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(args.device)
     note = tqdm.write if rank == 0 else (lambda text: None)
     saved = resolve(args)
     dtype = getattr(torch, args.dtype)
@@ -343,7 +351,7 @@ def main():
     tokenizer = None if folder else train_tokenizer()
     shape = read_args(folder) if folder else replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    card = GIB * (args.card_gb or (80 if args.plan else 0))
+    card = GIB * (args.card_gb or 80 * bool(args.plan))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         card = card or torch.cuda.get_device_properties(device).total_memory
@@ -360,22 +368,31 @@ def main():
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
-    if world > 1:
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
+    crc, step = zlib.crc32(repr((rows, val)).encode()), saved["step"] if saved else 0
+    if saved and crc != args.crc:
+        raise InputError(f"--data: not the examples that the run in {args.out} began with; restore them")
+    args.crc = crc
     try:
+        if world > 1:
+            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
+            seen = [None] * world
+            dist.all_gather_object(seen, (step, settings(args)))
+            if any(mine != seen[0] for mine in seen):
+                raise InputError("the ranks differ in flags, data or saved step: machines must see the same")
         optimizer = optimizer_for(model, args, world)
         if saved:
             load_optimizer(find_checkpoint(args.out), model, optimizer)
-        train(model, optimizer, tokenizer, rows, val, args, saved["step"] if saved else 0, rank, world, note)
+        halt = train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
+        if world > 1:
+            dist.destroy_process_group()                 # all ranks at once: one that failed would wait here
     except RuntimeError as e:                            # of a collective, when a rank is gone or silent
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         raise InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
                          f"the last save: go on with --resume ({str(e).split('. ')[0][-60:]})") from None
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    if halt:
+        sys.exit(128 + halt)
 
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
@@ -423,7 +440,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     bar.close()
     if halt:
         note(f"stopped by signal {halt} after step {step}; saved; go on with --resume")
-        sys.exit(128 + halt)
+        return halt
     note(f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
 
 

@@ -1,6 +1,6 @@
 """Kill a training run, kill -9, at random moments; resume it each time; at the end it must equal one never killed.
 
-    python tests/kill.py                       # 10 kills, 2 processes, 200 steps with a save after each: 4 minutes
+    python tests/kill.py                       # 10 kills, 2 processes, 200 steps with a save after each: 2 minutes
     python tests/kill.py --kills 3 --processes 1
 
 On Linux: it finds the ranks, which torchrun starts in sessions of their own, by what /proc says of them.

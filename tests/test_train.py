@@ -21,7 +21,7 @@ from conftest import ROOT, random_model
 from data import batches, tokenize
 from eval import exit_losses
 from kill import environ, processes
-from model import Transformer, load_meta
+from model import InputError, Transformer, load_meta
 from tiny.questions import embedded
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -240,7 +240,7 @@ def straight(tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_complete_folders_the_newest_two_and_a_log(straight):
+def test_a_run_leaves_complete_folders_the_last_two_and_a_log(straight):
     out = straight / "one"
     assert sorted(p.name for p in out.iterdir()) == ["latest", "log.jsonl", "step-3", "step-6"]
     assert os.readlink(out / "latest") == "step-6"
@@ -327,8 +327,8 @@ def test_a_run_goes_on_with_another_number_of_processes(straight, tmp_path, befo
 
 
 def test_two_machines_a_dead_rank_and_resume(tmp_path):
-    """Two torchrun agents that find each other on a port; one rank is killed, then frozen; the run ends as if it was not."""
-    args = ["--steps", 30, "--batch-size", 8, "--micro-batch-size", 2, "--val", 8, "--save-every", 5]
+    """Two torchrun agents that find each other on a port; rank 1 is killed, then falls silent; the run ends as if it had not."""
+    args = ["--steps", 20, "--batch-size", 8, "--micro-batch-size", 2, "--val", 8, "--save-every", 5]
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -338,15 +338,19 @@ def test_two_machines_a_dead_rank_and_resume(tmp_path):
                    "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "lite", str(ROOT / "train.py"), *map(str, args)]
         return [subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "01"]
 
-    run, victim = tmp_path / "run", "rank.1"
-    for resume, sig in ((["--resume"] if i else args, s) for i, s in enumerate((signal.SIGKILL, signal.SIGKILL, None))):
-        both = agents(*resume, "--timeout", 20, "--out", run)
+    run = tmp_path / "run"
+    for flags, sig in ((args, signal.SIGKILL), (["--resume"], signal.SIGSTOP), (["--resume"], None)):
+        both = agents(*flags, "--timeout", 5, "--out", run)
         if sig:
-            goal = 7 + count(run / "log.jsonl", "losses")
+            goal = 6 + count(run / "log.jsonl", "losses")
             while count(run / "log.jsonl", "losses") < goal:
                 assert all(p.poll() is None for p in both), both[0].communicate()[0]
                 time.sleep(0.05)
-            os.kill(next(p for p in processes(run) if f"RANK=1" in environ(p)), sig)
+            rank = {r: next(p for p in processes(run) if f"RANK={r}" in environ(p)) for r in (0, 1)}
+            os.kill(rank[1], sig)
+            while Path(f"/proc/{rank[0]}").exists():     # its own agent would wait for a silent one for ever
+                time.sleep(0.05)
+            os.kill(rank[1], signal.SIGKILL) if sig == signal.SIGSTOP else None
         texts = [p.communicate(timeout=120)[0] for p in both]
         if sig:
             assert all(p.returncode != 0 for p in both)
@@ -508,8 +512,42 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monke
         T.save(out, step, model, optimizer, tokenizer, args)
     assert sorted(p.name for p in out.iterdir()) == ["latest", "step-2", "step-3"]
     (out / "step-3-mine").mkdir()                        # a copy of the user's is not ours to count or to delete
-    for step in (8, 9):
-        (out / f"step-{step}").mkdir()                   # left by a run whose latest was lost
     T.save(out, 4, model, optimizer, tokenizer, args)
     assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
-    assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3-mine", "step-4", "step-9"]
+    assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3", "step-3-mine", "step-4"]
+    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="a save takes 0.0 GiB"):
+        T.save(out, 5, model, optimizer, tokenizer, args)
+    assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
+
+
+def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path):
+    subprocess.run(["cp", "-r", str(straight / "one"), str(tmp_path / "run")], check=True)
+    (tmp_path / "run/latest").unlink()
+    done = train(*TINY, "--out", tmp_path / "run", check=False)
+    assert done.returncode == 2 and "is taken" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "step-3", "step-6"]
+
+
+def test_ranks_with_different_data_are_refused(tmp_path):
+    """Each rank reads a file of its own, through a link that depends on the rank."""
+    for rank in (0, 1):
+        rows = [dict(instruction=f"Say bed {i}.", output="bed") for i in range(9 + rank)]
+        (tmp_path / f"{rank}.json").write_text(json.dumps(rows))
+    code = (f"import os, runpy, sys; sys.argv = ['train.py', '--data', {str(tmp_path)!r} + '/' + os.environ['RANK'] + '.json', "
+            f"'--val', '1', '--steps', '2', '--out', {str(tmp_path / 'run')!r}]; sys.path.insert(0, {str(ROOT)!r}); "
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    (tmp_path / "each.py").write_text(code)
+    done = subprocess.run(torchrun(2, tmp_path / "each.py"), env=ENV, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("error: the ranks differ") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_refuses_other_data(tmp_path):
+    rows = [dict(instruction=f"Say bed {i}.", output="bed") for i in range(9)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    args = ["--data", tmp_path / "d.json", "--val", 1, "--steps", 2, "--batch-size", 4, "--out", tmp_path / "run"]
+    train(*args)
+    train("--resume", "--micro-batch-size", 2, *args)    # the layout may change, and the same flags are no others
+    (tmp_path / "d.json").write_text(json.dumps(rows[:8]))
+    done = train("--resume", "--out", tmp_path / "run", check=False)
+    assert done.returncode == 2 and "not the examples" in done.stderr and done.stderr.count("\n") == 1
