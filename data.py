@@ -51,7 +51,7 @@ FLAGS = {
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
     "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
     "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else it divides the logits"),
-    "--top-p": dict(type=number(float, 1e-9, 1), metavar="X", help="draw from the likeliest that hold this share"),
+    "--top-p": dict(type=number(float, 1e-9, 1), metavar="X", help="share of probability to draw from"),
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
