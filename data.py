@@ -22,8 +22,6 @@ from tqdm import tqdm
 
 from model import IGNORE, InputError
 
-# --- What the scripts share: one vocabulary of flags, errors of one line ----------------------------------
-
 
 def number(kind, low, high=math.inf, many=False):
     """An argparse type: an int or float from low to high, or a list of them that was separated by commas."""
@@ -86,7 +84,7 @@ def run(main):
     except BrokenPipeError:                              # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):    # a rank's own, perhaps
             print("error:", " ".join(str(e).split("\n")), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -268,10 +266,7 @@ def share(batch, rank, world, micro):
 
 
 def collate(rows, device="cpu"):
-    """tokens and labels (B, T): labels are the next tokens where they belong to a response, IGNORE elsewhere.
-
-    No rows make one of weight zero: a token without a label.
-    """
+    """tokens and labels (B, T): the next token in a response, else IGNORE. No rows: a token without label."""
     rows = rows or [([0, 0], 2)]
     tokens = torch.zeros(len(rows), max(len(ids) for ids, _ in rows) - 1, dtype=torch.long)
     labels = torch.full_like(tokens, IGNORE)

@@ -307,14 +307,14 @@ def load_tensors(path):
 
 def read_shards(folder):
     """Meta's state dicts, memory-mapped: one, or one of each model-parallel process that trained."""
-    paths, shards = sorted(Path(folder).glob("consolidated.*.pth")), []
+    paths = sorted(Path(folder).glob("consolidated.*.pth"))
     if not paths:
         raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
     if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
         raise InputError(f"{folder}: {paths[-1].name} but {len(paths)} shard(s) in all: fetch the rest")
-    for path in paths:
-        shards.append(load_tensors(path))
-        if not isinstance(shards[-1], dict) or {type(w) for w in shards[-1].values()} != {torch.Tensor}:
+    shards = [load_tensors(path) for path in paths]
+    for path, s in zip(paths, shards):
+        if not isinstance(s, dict) or {type(w) for w in s.values()} != {torch.Tensor}:
             raise InputError(f"{path}: not a dictionary of tensors")
     return shards
 
@@ -335,8 +335,7 @@ def load_meta(folder, dtype=None, device="cpu"):
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
     want = model.state_dict()
-    known = {"rope.freqs"}                               # in Meta's files; rope_table computes them
-    if odd := sorted(set().union(*((want.keys() ^ s.keys()) - known for s in shards))):
+    if odd := sorted(set().union(*((want.keys() ^ s.keys()) for s in shards)) - {"rope.freqs"}):   # of Meta's
         names = ", ".join(f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4])
         raise InputError(f"{folder}: weights do not fit params.json: {names}, {len(odd)} in all")
     for key, w in want.items():                          # one at a time: no second copy of the whole

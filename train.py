@@ -179,11 +179,10 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
         (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=settings(args))) + "\n")
     wait()
-    if rank > 0:
-        return
-    tmp.rename(folder)
-    link.symlink_to(folder.name)
-    link.replace(latest)
+    if rank == 0:
+        tmp.rename(folder)
+        link.symlink_to(folder.name)
+        link.replace(latest)                             # from here on it counts
 
 
 def settings(args):
@@ -292,7 +291,7 @@ def kept(f, x):
 
 
 def plan(shape, args, world):
-    """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their peak.
+    """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their sum.
 
     On the meta device tensors have shapes alone, so nothing is allocated.  Taken for granted is that all
     sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices.
@@ -315,26 +314,23 @@ def plan(shape, args, world):
         optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
                    f"{max(dealt):,} weights of the fullest rank"),
         activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
-        logits=(12 * min(B * T, LOGIT_ROWS) * shape.vocab_size, "fp32: logits, log-softmax and gradient, of "
-                f"{LOGIT_ROWS} positions and one exit at a time"),
-        step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32 "
-              "(activations and logits are gone by then)"),
+        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim), f"one exit's, of "
+                f"{LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed, too"),
+        step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
         reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
-    size = {part: n for part, (n, _) in parts.items()}
-    apart = min(size["step"], size["activations"] + size["logits"])              # never there together
-    return {**parts, "peak": (sum(size.values()) - apart, f"with {world} process(es)")}
+    return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
 
 
 def fit(shape, args, world, card, note):
-    """Tell the plan; InputError if its peak is more than the card's bytes."""
+    """Tell the plan; InputError if it is more than the card's bytes."""
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
     parts = plan(shape, args, world)
     note("GiB per card, at most:")
     for part, (n, why) in parts.items():
         note(f"{part:>12} {n / GIB:8.2f}  {why}")
-    if (peak := parts["peak"][0]) > card:
-        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["peak"][0] <= card), 0)
-        raise InputError(f"{peak / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
+    if (total := parts["sum"][0]) > card:
+        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
+        raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
                          f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
                          "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
 
@@ -359,6 +355,8 @@ def main():
         fit(shape, args, args.world_size if args.plan else world, card, note)
     if args.plan:
         return
+    if args.world_size > 1:
+        raise InputError("--world-size is for --plan; a run's processes are started by torchrun")
     torch.manual_seed(args.seed)
     examples = load_examples(args)
     model = (load_meta(folder, dtype, device) if folder else
@@ -369,7 +367,7 @@ def main():
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
     crc, step = zlib.crc32(repr((rows, val)).encode()), saved["step"] if saved else 0
-    if saved and crc != args.crc:
+    if saved and crc != getattr(args, "crc", None):
         raise InputError(f"--data: not the examples that the run in {args.out} began with; restore them")
     args.crc = crc
     try:
@@ -386,7 +384,9 @@ def main():
         halt = train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         if world > 1:
             dist.destroy_process_group()                 # all ranks at once: one that failed would wait here
-    except RuntimeError as e:                            # of a collective, when a rank is gone or silent
+    except RuntimeError as e:                            # also of a collective, when a rank is gone or silent
+        if "inline_container" in str(e):                 # torch.save's way to say that it cannot write
+            raise OSError(f"{args.out}: a save could not be written ({str(e)[-60:]}); full?") from None
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         raise InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
@@ -434,8 +434,8 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
         print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens,
                               seconds=seconds)), file=log)
-        shown = " ".join(f"{n}: {x:.2f}" for n, x in zip(names, losses))
-        bar.set_postfix_str(f"loss at {shown}, {tokens / seconds:.0f} tok/s", refresh=False)
+        bar.set_postfix_str("loss at " + " ".join(f"{n}: {x:.2f}" for n, x in zip(names, losses)) +
+                            f", {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
     bar.close()
     if halt:
@@ -454,11 +454,10 @@ def check_finite(values, step, out):
 def open_log(path, step):
     """log.jsonl to append to, without what was logged after the save that a run resumes from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(True) if step and path.exists() else []
-    found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in lines]        # the last may be half written
-    kept = [m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])]
-    path.with_name(".log.tmp").write_text("".join(kept))
-    path.with_name(".log.tmp").replace(path)
+    tmp, old = path.with_name(".log.tmp"), path.read_text().splitlines(True) if step and path.exists() else []
+    found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in old]          # the last may be half written
+    tmp.write_text("".join(m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])))
+    tmp.replace(path)
     return path.open("a", buffering=1)                   # a line at a time
 
 

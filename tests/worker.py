@@ -1,6 +1,6 @@
 """What the tests run under torchrun, and in one process for comparison: a few steps on a small float64 or fp32 model.
 
-    torchrun --nproc-per-node 2 worker.py steps RESULT.pt DTYPE MICRO STEPS
+    torchrun --nproc-per-node 2 worker.py RESULT DTYPE MICRO STEPS
 """
 import os
 import sys
