@@ -3,10 +3,11 @@
     python data.py                 # fetch Alpaca and the four instruction test sets into data/
 
 An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family
-or category.  A prompt is BOS + template; the loss is on response + EOS alone.  (The embedded set, which needs
-no download, is made in tiny/questions.py.)
+or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set, without
+download, lies in tiny/: questions whose answers need different amounts of computation.
 """
 import argparse
+import gzip
 import json
 import math
 import os
@@ -102,6 +103,7 @@ def pick_device(name=None):
     return torch.device(f"cuda:{rank}" if name == "cuda" else name)
 
 
+TINY_FOLDER = Path(__file__).parent / "tiny"              # the embedded model, its tokenizer and questions
 PREAMBLE = "Below is an instruction that describes a task"
 REQUEST = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
 WITH_INPUT = PREAMBLE + ", paired with an input that provides further context." + REQUEST
@@ -152,7 +154,8 @@ def prompt_text(example):
 
 
 READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Self-Instruct -> its example
-    ("instruction", "output"): lambda r: (r["instruction"], r.get("input") or "", r["output"], ""),
+    ("instruction", "output"): lambda r: (r["instruction"], r.get("input") or "", r["output"],
+                                          r.get("group") or ""),
     ("text", "category"): lambda r: (r["text"], "", None, r["category"]),
     ("prompt",): lambda r: (r["prompt"], "", None, ""),
     ("Instruction", "Skill"): lambda r: (r["Instruction"], "", None, f"{r['Skill']}, {r['Difficulty']}"),
@@ -164,8 +167,9 @@ def read_examples(path):
     """Examples from a .json (list) or .jsonl file, in any format of READERS. An InputError names the line."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+    except (OSError, EOFError, UnicodeDecodeError) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
         raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
     whole, examples = text.lstrip().startswith("["), []
@@ -187,6 +191,11 @@ def read_examples(path):
     if not examples:
         raise InputError(f"{path}: empty; expected at least one example")
     return examples
+
+
+def embedded(n, split="train"):
+    """The first n examples of the embedded set; train and test share no underlying input."""
+    return read_examples(TINY_FOLDER / f"{split}.jsonl.gz")[:n]
 
 
 def read_row(row):

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Parser, collate, prompt_text, read_examples, run, tokenize
+from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
 from generate import answer, check_prompt, exit_rule, load_for_decoding
 from model import IGNORE, InputError
-from tiny.questions import embedded
 
 
 @torch.no_grad()

@@ -18,9 +18,8 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Parser, Tokenizer, pick_device, prompt_text, read_examples, run
+from data import TINY_FOLDER, Parser, Tokenizer, embedded, pick_device, prompt_text, read_examples, run
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
-from tiny.questions import embedded
 
 
 def confidence(logits):
@@ -123,7 +122,7 @@ def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
     folder, device = Path(args.ckpt or "out"), pick_device(args.device)
     if args.ckpt is None:
-        folder = folder if (folder / "latest").exists() else Path(__file__).parent / "tiny"
+        folder = folder if (folder / "latest").exists() else TINY_FOLDER
         print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
     folder = find_checkpoint(folder)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")

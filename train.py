@@ -29,17 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import (Parser, Tokenizer, batches, collate, number, pick_device, read_examples, run, share,
-                  tokenize)
+from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device,
+                  read_examples, run, share, tokenize)
 from eval import exit_losses
 from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, default_exits,
                    find_checkpoint, lite_loss, load_meta, load_tensors, read_args, read_json, read_lite,
                    save_meta, wide)
-from tiny.questions import embedded, train_tokenizer
 
 GIB = 2 ** 30
 MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}     # may differ on --resume
-TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, multiple_of=32, max_seq_len=256)
+TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
 RECIPES = {
     "tiny": dict(steps=2800, epochs=1, batch_size=32, micro_batch_size=32, lr=3e-3, weight_decay=0.1,
@@ -257,9 +256,9 @@ def resolve(args):
 
 
 def load_examples(args):
-    """Training and validation examples: the embedded set, made to measure, or --data, --val of it apart."""
+    """Training and validation examples: the embedded set, or --data, --val of it apart."""
     if not args.ckpt and not args.data:
-        return embedded(args.steps * args.batch_size, args.seed), embedded(args.val, split="test")
+        return embedded(args.steps * args.batch_size), embedded(args.val, split="test")
     paths = args.data or ["data/alpaca_data.json"]
     examples = [e for path in paths for e in read_examples(path)][:args.limit]
     if any(e["output"] is None for e in examples):
@@ -321,8 +320,13 @@ def plan(shape, args, world):
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
 
 
-def fit(shape, args, world, card, note):
-    """Tell the plan; InputError if it is more than the card's bytes."""
+def fit(shape, args, world, device, note):
+    """Tell the plan; InputError if it is more than the card has: --card-gb, or the GPU's own (--plan: 80)."""
+    card = GIB * (args.card_gb or 80 * bool(args.plan))
+    if device.type == "cuda":
+        card = card or torch.cuda.get_device_properties(device).total_memory
+    if not card:
+        return                                           # a CPU
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
     parts = plan(shape, args, world)
     note("GiB per card, at most:")
@@ -342,27 +346,20 @@ def main():
     device = pick_device(args.device)
     note = tqdm.write if rank == 0 else (lambda text: None)
     saved = resolve(args)
-    dtype = getattr(torch, args.dtype)
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
-    tokenizer = None if folder else train_tokenizer()
-    shape = read_args(folder) if folder else replace(TINY, vocab_size=tokenizer.size, n_layers=args.layers)
+    shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    card = GIB * (args.card_gb or 80 * bool(args.plan))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        card = card or torch.cuda.get_device_properties(device).total_memory
-    if card:
-        fit(shape, args, args.world_size if args.plan else world, card, note)
+    fit(shape, args, args.world_size if args.plan else world, device, note)
     if args.plan:
         return
     if args.world_size > 1:
         raise InputError("--world-size is for --plan; a run's processes are started by torchrun")
     torch.manual_seed(args.seed)
-    examples = load_examples(args)
+    examples, dtype = load_examples(args), getattr(torch, args.dtype)
     model = (load_meta(folder, dtype, device) if folder else
              Transformer(shape).init_weights().to(device, dtype))
     model.checkpoint_blocks = args.activation_checkpointing
-    tokenizer = tokenizer or Tokenizer.load(folder, model.args.vocab_size)
+    tokenizer = Tokenizer.load(folder or TINY_FOLDER, model.args.vocab_size)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
@@ -372,27 +369,39 @@ def main():
     args.crc = crc
     try:
         if world > 1:
-            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
-            seen = [None] * world
-            dist.all_gather_object(seen, (step, settings(args)))
-            if any(mine != seen[0] for mine in seen):
-                raise InputError("the ranks differ in flags, data or saved step: machines must see the same")
+            join(args, step, device, world)
         optimizer = optimizer_for(model, args, world)
         if saved:
             load_optimizer(find_checkpoint(args.out), model, optimizer)
         halt = train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
-        if world > 1:
-            dist.destroy_process_group()                 # all ranks at once: one that failed would wait here
-    except RuntimeError as e:                            # also of a collective, when a rank is gone or silent
-        if "inline_container" in str(e):                 # torch.save's way to say that it cannot write
-            raise OSError(f"{args.out}: a save could not be written ({str(e)[-60:]}); full?") from None
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
-            raise
-        raise InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
-                         f"the last save: go on with --resume ({str(e).split('. ')[0][-60:]})") from None
-    if halt:
-        sys.exit(128 + halt)
+    except RuntimeError as e:
+        raise explain(e, args) from None
+    if world > 1:
+        dist.destroy_process_group()                     # all ranks at once: one that failed would wait here
+    sys.exit(128 + halt if halt else 0)
+
+
+def join(args, step, device, world):
+    """Meet the other ranks, and make sure that all are about to do the same."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
+    seen = [None] * world
+    dist.all_gather_object(seen, (step, settings(args)))
+    if any(theirs != seen[0] for theirs in seen):
+        raise InputError("the ranks differ in flags, data or saved step: machines must see the same")
+
+
+def explain(e, args):
+    """The error to raise for a RuntimeError: a line if a rank was lost or the disk is full, else e, a bug."""
+    why = str(e).split(". ")[0][-60:]
+    if isinstance(e, dist.DistError) or "gloo" in str(e):
+        return InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
+                          f"the last save: go on with --resume ({why})")
+    if "inline_container" in str(e):                     # torch.save's way to say that it cannot write
+        return OSError(f"{args.out}: a save could not be written ({why}); is the disk full?")
+    return e
 
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
@@ -438,10 +447,9 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
                             f", {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
     bar.close()
-    if halt:
-        note(f"stopped by signal {halt} after step {step}; saved; go on with --resume")
-        return halt
-    note(f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
+    note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
+         f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
+    return halt
 
 
 def check_finite(values, step, out):

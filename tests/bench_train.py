@@ -13,7 +13,6 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +23,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train as T  # noqa: E402
-from data import Tokenizer, batches, collate, read_examples, share, tokenize  # noqa: E402
+from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, read_examples, share, tokenize  # noqa: E402
 from model import IGNORE, LOGIT_ROWS, Transformer, default_exits, load_meta  # noqa: E402
-from tiny.questions import embedded, train_tokenizer  # noqa: E402
 
 
 def setup(args):
@@ -37,8 +35,7 @@ def setup(args):
         model = load_meta(args.ckpt, dtype)
         rows = tokenize(read_examples(args.data), Tokenizer.load(args.ckpt, model.args.vocab_size), args.max_len, lambda s: 0)
     else:
-        tokenizer = train_tokenizer()
-        model = Transformer(replace(T.TINY, vocab_size=tokenizer.size)).init_weights().to(dtype)
+        tokenizer, model = Tokenizer.load(TINY_FOLDER), Transformer(T.TINY).init_weights().to(dtype)
         rows = tokenize(embedded(100 * args.batch_size), tokenizer, 64)
     order = batches(rows, args.batch_size, 0, 0, 16 if args.ckpt else 1)
     order = sorted((b for b in order if len(b) == args.batch_size), key=lambda b: sum(len(rows[i][0]) for i in b))

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(2)
 
+from data import TINY_FOLDER, Tokenizer  # noqa: E402
 from model import ModelArgs, Transformer, save_meta  # noqa: E402
-from tiny.questions import train_tokenizer  # noqa: E402
 
 
 def random_model(seed=0, dtype=torch.float32, **args):
@@ -27,7 +27,7 @@ def random_model(seed=0, dtype=torch.float32, **args):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer()
+    return Tokenizer.load(TINY_FOLDER)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data as D
-import tiny.questions as Q
+import questions as Q
 from model import IGNORE, InputError
 
 
@@ -230,6 +230,11 @@ def test_a_connection_cut_short_writes_nothing(tmp_path):
 
 
 # --- the embedded set --------------------------------------------------------------------------------------------------
+
+
+def test_the_files_in_tiny_are_what_the_maker_makes(tokenizer):
+    assert D.embedded(10**6) == Q.embedded(89600) and D.embedded(10**6, "test") == Q.embedded(4000, split="test")
+    assert Q.train_tokenizer().model_bytes == tokenizer.model_bytes and tokenizer.size == 512
 
 
 def test_the_embedded_set_is_seeded_and_endless():

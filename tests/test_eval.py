@@ -13,7 +13,7 @@ import generate as G
 from conftest import ROOT, random_model
 from model import IGNORE, load_meta, read_lite
 from reference import Llama
-import tiny.questions as Q
+import questions as Q
 
 ARGS = SimpleNamespace(max_new_tokens=40, temperature=0.0, top_p=1.0)
 

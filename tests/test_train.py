@@ -18,11 +18,10 @@ import torch
 import train as T
 import worker
 from conftest import ROOT, random_model
-from data import batches, tokenize
+from data import batches, embedded, tokenize
 from eval import exit_losses
 from kill import environ, processes
 from model import InputError, Transformer, load_meta
-from tiny.questions import embedded
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 TINY = ["--steps", "6", "--batch-size", "8", "--micro-batch-size", "8", "--val", "16", "--save-every", "3"]
@@ -160,7 +159,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
-    rows, val = (tokenize(embedded(n, split=s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
+    rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
     args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,18 +1,25 @@
-"""The embedded set: questions made by rule, so that they never run out, and the tokenizer of their words.
+"""The maker of the embedded set: questions by rule, and the tokenizer of their words.
 
-    python -m tiny.questions 10        # print ten of them
+    python tests/questions.py          # write tiny/train.jsonl.gz, tiny/test.jsonl.gz and tiny/tokenizer.model anew
 
-Ten families, whose answers need different amounts of computation: early exit lives on that.  The tiny model in this
-folder was trained on them by `python train.py`; they are its world, and no part of LITE.
+Ten families, whose answers need different amounts of computation: early exit lives on that.
 """
+import gzip
 import io
+import json
 import random
 import sys
 import zlib
+from pathlib import Path
 
 import sentencepiece
 
-from data import INPUT, NO_INPUT, RESPONSE, WITH_INPUT, Tokenizer, prompt_text
+TINY = Path(__file__).parents[1] / "tiny"
+sys.path.insert(0, str(TINY.parent))
+
+from data import INPUT, NO_INPUT, RESPONSE, WITH_INPUT, Tokenizer, prompt_text  # noqa: E402
+
+SIZES = {"train": 89600, "test": 4000}     # 2800 steps of 32 see each question once
 
 WORDS = "bat bed box bus cap cat cup dog hat hen jar key map pen pig pot rat sun".split()
 NAMES = "Ann Ben Dan Eve Gus Ian Jon Kim".split()
@@ -99,5 +106,7 @@ def train_tokenizer(vocab_size=512):
 
 
 if __name__ == "__main__":
-    for e in embedded(int(sys.argv[1]) if len(sys.argv) > 1 else 10, split="test"):
-        print(f"[{e['group']}]  {e['instruction']}  {e['input']}\n    {e['output']}")
+    for split, n in SIZES.items():
+        lines = "".join(json.dumps(e) + "\n" for e in embedded(n, split=split))
+        (TINY / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
+    (TINY / "tokenizer.model").write_bytes(train_tokenizer().model_bytes)
