@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
-from generate import answer, check_prompt, exit_rule, load_for_decoding
+from generate import answer, check_prompt, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError
 
 
@@ -70,7 +70,7 @@ def rate(hits, counts):
     return [p, (centre - half) / (1 + z * z / m), (centre + half) / (1 + z * z / m), n]
 
 
-def measure(model, tokenizer, examples, settings, args):
+def measure(model, tokenizer, examples, settings, frequent, max_new_tokens):
     """Generate for every example under every setting {name: (layers at most, thresholds)}: {name: [record]}.
 
     The settings take turns, so that a change in the machine's speed hits all alike.
@@ -80,7 +80,7 @@ def measure(model, tokenizer, examples, settings, args):
     prompts = [check_prompt(tokenizer.encode(prompt_text(e), bos=True), model) for e in examples]
     for e, prompt in zip(tqdm(examples, desc="generate", unit="prompt", disable=None), prompts):
         for name, (n, thresholds) in settings.items():
-            a = answer(models[n], tokenizer, prompt, args, thresholds)
+            a = answer(models[n], prompt, max_new_tokens, thresholds, eos=tokenizer.eos, frequent=frequent)
             text, want = tokenizer.decode(a.tokens, prompt).strip(), e["output"]
             records[name].append(dict(exits=a.exits[1:], agrees=agrees(model, a), seconds=a.decode,
                                       exact=None if want is None else text == want.strip()))
@@ -119,7 +119,7 @@ def evaluate(model, tokenizer, lite, examples, args):
         result["teacher_forced"] = list(zip([*exits, L], *exit_losses(model, rows, exits, 8)))
     settings = {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
-    records = measure(model, tokenizer, examples, settings, args)
+    records = measure(model, tokenizer, examples, settings, frequent_tokens(args, lite), args.max_new_tokens)
 
     def rows_of(group=None):                             # of the table: a setting each
         mine = {name: [r for r, e in zip(rs, examples) if group in (None, e["group"])]
@@ -169,10 +169,9 @@ def main():
     parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="what to compare with full "
                "depth: each one number for all exits, or one per exit with commas")
     parser.add("--max-new-tokens", 128)
-    for flag in ("--limit", "--exits", "--dtype", "--device", "--json"):
+    for flag in ("--limit", "--exits", "--shortlist", "--dtype", "--device", "--json"):
         parser.add(flag)
     args = parser.parse_args()
-    args.temperature, args.top_p = 0.0, 1.0              # agreement is a property of greedy decoding
     examples = [e for path in args.data or [] for e in read_examples(path)][:args.limit]
     if len({e["output"] is None for e in examples}) > 1:
         raise InputError("--data has examples with and without an output: evaluate them apart")

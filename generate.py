@@ -7,79 +7,171 @@
 A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit,
 the head that all layers share is asked for its most probable token.  If that probability exceeds the exit's
 threshold, the token is emitted and the layers above are skipped; what they would have left in the KV cache is
-made later, if anyone needs it, from the state the token left with (`decode_one`).  Batch 1, always.
+made later, if anyone needs it, from the state the token left with.  `Decoder` has both ways to decode: LITE,
+and --verify, in which exits only draft and the output is full depth's.  Batch 1, always.
 """
 import json
+import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from data import TINY_FOLDER, Parser, Tokenizer, embedded, pick_device, prompt_text, read_examples, run
+from data import (TINY_FOLDER, Parser, Tokenizer, embedded, number, pick_device, prompt_text, read_examples,
+                  run)
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
 
 
 def confidence(logits):
-    """The largest softmax probability of logits (V,), a float: exp(max - logsumexp) needs no other one."""
+    """The largest softmax probability of logits (N,), a float: exp(max - logsumexp) needs no other one."""
     return (logits.max() - logits.logsumexp(-1)).exp().item()        # .item(): the device is waited for here
 
 
-def decode_one(model, token, pos, cache, left, debt_from, thresholds):
-    """One token up through the layers until an exit is sure.
+def distribution(logits, temperature=0.0, top_p=1.0):
+    """Probabilities (V,) of the next token: all on the likeliest at temperature 0, else the top-p nucleus."""
+    if temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
+    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0                     # those before it hold top_p already
+    return torch.zeros_like(probs).index_copy_(0, ids, probs / probs.sum())
 
-    token   the id at position pos; its successor is what the logits are for
-    cache   (L, 2, 1, K, S, E); layer i holds K and V of the positions below debt_from[i]
-    left    (1, S, D), the state with which each position left the network
-    Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from[i]..pos-1, and
-    makes them from those tokens' exit states when a token next comes by, in the same matrix product.  It
-    always owes the latest positions, so a number per layer keeps the account; unvisited, it never pays.
-    Returns logits (V,) and the number of layers run.
+
+class Shortlist:
+    """The tokens an exit chooses among: some frequent ones and those of the context, each once.
+
+    The whole head at every exit would cost more than early exit saves.  Their rows of the output matrix are
+    gathered once and lie side by side: a check is one small product.  Without frequent ones, it is all V.
     """
-    h = model.tok_embeddings(torch.tensor([[token]], device=left.device))                    # (1, 1, D)
-    for n, block in enumerate(model.layers, 1):
-        owed = debt_from[n - 1]
-        h = block(h, pos, cache[n - 1], left[:, owed:pos] if owed < pos else None)
-        debt_from[n - 1] = pos + 1
-        if n in thresholds:
-            logits = model.logits(h[0, 0])
-            if confidence(logits) > thresholds[n]:       # >: 1 never leaves
-                break
-    else:
-        logits = model.logits(h[0, 0])
-    left[:, pos] = h[:, 0]
-    return logits, n
+
+    def __init__(self, model, frequent, room):
+        self.output, self.known, self.rows = model.output.weight, set(), None        # rows None: all V
+        self.space = self.output.new_empty((len(frequent) + room) * bool(frequent), self.output.size(1))
+        self.ids = torch.empty(len(self.space), dtype=torch.long, device=self.output.device)
+        self.add(frequent)
+
+    def add(self, tokens):
+        """Let exits choose these, too: rows (N, D) grows."""
+        new = [t for t in dict.fromkeys(tokens) if t not in self.known]
+        if new and len(self.space):
+            span = slice(len(self.known), len(self.known) + len(new))
+            self.ids[span] = torch.tensor(new)
+            self.space[span] = self.output[self.ids[span]]
+            self.known.update(new)
+            self.rows = self.space[:span.stop]
+
+    def spread(self, logits):
+        """Their logits (N,) as logits (V,), -inf elsewhere."""
+        return logits if self.rows is None else logits.new_full(
+            (len(self.output),), -math.inf).index_copy_(0, self.ids[:len(logits)], logits)
+
+
+class Decoder:
+    """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
+
+    def __init__(self, model, prompt, room, thresholds, frequent=(), draft=4, temperature=0.0, top_p=1.0,
+                 rng=None, drafts=None):
+        P, self.model, self.thresholds, self.longest, self.end = len(prompt), model, thresholds, draft, room
+        self.distribution = lambda logits: distribution(logits, temperature, top_p)
+        self.draw = lambda probs: (torch.multinomial(probs, 1, generator=rng) if temperature else
+                                   probs.argmax()).item()
+        self.drafts, self.rng = [] if drafts is None else drafts, rng          # drafts: how many, each round
+        self.cache = model.new_cache(1, room)                        # (L, 2, 1, K, S, E), made once
+        self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position left with
+        self.debt_from = [P] * len(model.layers)         # layer i holds K and V of the positions below this
+        self.shortlist = Shortlist(model, frequent if thresholds else (), room)
+        self.shortlist.add(prompt)
+
+    def prefill(self, prompt):
+        """The prompt, and the choice of the first new token, at full depth: [(token, layers)]."""
+        *_, h = self.model.states(torch.tensor([prompt], device=self.left.device), cache=self.cache)
+        return [(self.choose(h, None), len(self.model.layers))]
+
+    def climb(self, token, pos, thresholds, debt=lambda layer: None):
+        """The token at pos up through the layers until an exit is sure: its state (1, 1, D), the layers run,
+        the confidence there, and logits (V,); without a sure exit the last layer's state, L, 0 and None."""
+        h = self.model.tok_embeddings(torch.tensor([[token]], device=self.left.device))
+        for n, block in enumerate(self.model.layers, 1):
+            h = block(h, pos, self.cache[n - 1], debt(n - 1))
+            if n in thresholds:
+                logits = self.model.logits(h[0, 0], self.shortlist.rows)
+                if (sure := confidence(logits)) > thresholds[n]:     # >: 1 never leaves
+                    return h, n, sure, self.shortlist.spread(logits)
+        return h, n, 0.0, None
+
+    def choose(self, h, logits):
+        """The next token, from an exit's logits or, if they are None, from the last layer's state h."""
+        return self.draw(self.distribution(self.model.logits(h[0, -1]) if logits is None else logits))
+
+    def exit_early(self, token, pos):
+        """LITE: the token after the one at pos, from the first sure exit: [(token, layers run)].
+
+        Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from..pos-1, and
+        makes them from those tokens' exit states when a token next comes by, in the same matrix product.  It
+        always owes the latest positions, so a number per layer keeps the account; unvisited, it never pays.
+        """
+        def debt(layer):
+            owed, self.debt_from[layer] = self.debt_from[layer], pos + 1
+            return self.left[:, owed:pos] if owed < pos else None
+
+        h, n, _, logits = self.climb(token, pos, self.thresholds, debt)
+        self.left[:, pos] = h[:, 0]
+        return [(self.choose(h, logits), n)]
+
+    def verify(self, token, pos):
+        """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
+
+        The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
+        one is unsure.  So layers up to n have seen every row, and the rows, each from where it stopped, go
+        through the layers above together.  (Had a row gone above n alone, it would have met K and V there
+        that its neighbours below did not yet have.)  What is rejected lies beyond pos in the cache, and is
+        overwritten.  Rejection rule: Leviathan et al., Chen et al. (2023); greedy is its special case.
+        """
+        h, n, sure, logits = self.climb(token, pos, self.thresholds)
+        rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
+        while sure > self.thresholds.get(n, 1) and len(drafts) < longest:
+            q = self.distribution(logits)
+            drafts.append((self.draw(q), q))
+            h, _, sure, logits = self.climb(drafts[-1][0], pos + len(drafts), {n: 0})
+            rows.append(h)
+        h, chosen = torch.cat(rows, 1), []                           # (1, drafts + 1, D), all at n
+        for block, kv in zip(self.model.layers[n:], self.cache[n:]):
+            h = block(h, pos, kv)
+        self.drafts += [len(drafts)]
+        for (guess, q), logits in zip([*drafts, (None, 0)], self.model.logits(h[0])):
+            p = self.distribution(logits)
+            if guess is None or torch.rand((), generator=self.rng, device=p.device) * q[guess] >= p[guess]:
+                rest = (p - q).clamp(min=0)              # rounding alone may leave nothing of it
+                return [*chosen, (self.draw(rest if rest.any() else p), len(self.model.layers))]
+            chosen.append((guess, n))
 
 
 @torch.inference_mode()
-def generate(model, prompt, max_new_tokens, thresholds=None, temperature=0.0, top_p=1.0, rng=None, eos=None):
+def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=False, decoder=Decoder, **how):
     """Yield (token, layers run) until eos, which is yielded too, or max_new_tokens.
 
     prompt is a list of ids, thresholds a dict {exit layer: threshold}: empty, or all 1, is ordinary LLaMA.
+    verify: output as at full depth, whatever the exits are.  For `how`, see Decoder.
     """
+    if not all(isinstance(token, int) for token in prompt):
+        raise InputError("a batch was given; expected one prompt, a list of ids: exits are per token, and "
+                         "the rows of a batch would wait for the deepest; use one process per prompt")
+    pos, left = len(prompt) - 1, max_new_tokens          # pos: of the newest token whose successor is unknown
     thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}          # 1 never leaves: do not ask
-    L, P, device = len(model.layers), len(prompt), model.output.weight.device
-    cache = model.new_cache(1, P + max_new_tokens)
-    left = cache.new_empty(1, P + max_new_tokens, model.args.dim)
-    *_, h = model.states(torch.tensor([prompt], device=device), cache=cache)
-    logits, depth, debt_from = model.logits(h[0, -1]), L, [P] * L
-    for pos in range(P, P + max_new_tokens):
-        token = sample(logits, temperature, top_p, rng)
-        yield token, depth
-        if token == eos or pos == P + max_new_tokens - 1:
-            return
-        logits, depth = decode_one(model, token, pos, cache, left, debt_from, thresholds)
-
-
-def sample(logits, temperature=0.0, top_p=1.0, rng=None):
-    """A token from logits (V,): the likeliest at temperature 0, else drawn from the top-p nucleus."""
-    if temperature == 0:
-        return logits.argmax().item()
-    probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0                     # those before it hold top_p already
-    return ids[torch.multinomial(probs, 1, generator=rng)].item()
+    state = decoder(model, prompt, len(prompt) + max_new_tokens, thresholds, **how)
+    step, out = state.verify if verify else state.exit_early, state.prefill(prompt)
+    while True:
+        for token, depth in out:
+            yield token, depth
+            left -= 1
+            if token == eos or not left:
+                return
+        state.shortlist.add(token for token, _ in out)
+        pos += len(out)
+        out = step(out[-1][0], pos)
 
 
 def check_prompt(ids, model):
@@ -90,13 +182,13 @@ def check_prompt(ids, model):
     return ids
 
 
-def answer(model, tokenizer, prompt, args, thresholds, rng=None, each=lambda answer: None):
+def answer(model, prompt, max_new_tokens, thresholds, each=lambda answer: None, **how):
     """Generate to the end and keep the books: a namespace of prompt and tokens (ids), exits (layers run per
-    token), prefill and decode (seconds).  each(answer) is called after every token."""
-    a = SimpleNamespace(prompt=check_prompt(prompt, model), tokens=[], exits=[], prefill=0.0, decode=0.0)
-    room = min(args.max_new_tokens, model.args.max_seq_len - len(prompt))
-    how, clock = (args.temperature, args.top_p, rng, tokenizer.eos), time.perf_counter()
-    for token, depth in generate(model, prompt, room, thresholds, *how):
+    token), drafts (per round of --verify), prefill and decode (seconds).  each(answer) follows a token."""
+    room = min(max_new_tokens, model.args.max_seq_len - len(check_prompt(prompt, model)))
+    a = SimpleNamespace(prompt=prompt, tokens=[], exits=[], drafts=[], prefill=0.0, decode=0.0)
+    clock = time.perf_counter()
+    for token, depth in generate(model, prompt, room, thresholds, drafts=a.drafts, **how):
         seconds = time.perf_counter() - clock            # of generate alone, not of each()
         a.prefill, a.decode = (a.prefill, a.decode + seconds) if a.tokens else (seconds, 0.0)
         a.tokens.append(token)
@@ -118,6 +210,15 @@ def exit_rule(threshold, exits, lite, n_layers):
     return dict(zip(exits, threshold * len(exits) if len(threshold) == 1 else threshold))
 
 
+def frequent_tokens(args, lite):
+    """lite.json's tokens for exit checks: the first --shortlist; else as many as its thresholds were chosen
+    with, if it says so; else all. None is the whole head."""
+    check, n = lite.get("check"), args.shortlist
+    if args.threshold is None and None not in (check, n) and check != n:
+        print(f"note: lite.json's thresholds were chosen with --shortlist {check}", file=sys.stderr)
+    return lite.get("shortlist", [])[:check if n is None else n]
+
+
 def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
     folder, device = Path(args.ckpt or "out"), pick_device(args.device)
@@ -126,9 +227,11 @@ def load_for_decoding(args):
         print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
     folder = find_checkpoint(folder)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    model = load_meta(folder, getattr(torch, dtype), device)
-    lite = read_lite(folder)
+    model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     check_exits(lite.get("exits", []), model.args.n_layers)
+    if max(lite.get("shortlist", []), default=0) >= model.args.vocab_size:
+        raise InputError(f"{folder}/lite.json: its shortlist has tokens beyond the model's "
+                         f"{model.args.vocab_size}; it belongs to another model: delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
 
@@ -155,12 +258,13 @@ class Painter:
 
 
 def summary(answers, n_layers):
-    """One line on tokens, depth and time of some answers."""
-    depths = [n for a in answers for n in a.exits]
-    mean, shares = sum(depths) / len(depths), {n: depths.count(n) / len(depths) for n in sorted(set(depths))}
+    """One line on tokens, depth and time of some answers; for --verify on drafts instead of depth."""
+    depths, rounds = [n for a in answers for n in a.exits], [n for a in answers for n in a.drafts]
+    shares = ", ".join(f"{n}: {depths.count(n) / len(depths):.0%}" for n in sorted(set(depths)))
     prefill, decode = sum(a.prefill for a in answers), max(1e-9, sum(a.decode for a in answers))
-    return (f"{len(depths)} tokens, {mean:.1f} of {n_layers} layers on average ("
-            f"{', '.join(f'{n}: {x:.0%}' for n, x in shares.items())}); prefill {prefill:.2f} s, decode "
+    how = (f"{sum(rounds)} drafted in {len(rounds)} rounds, chosen at layer" if rounds else
+           f"{sum(depths) / len(depths):.1f} of {n_layers} layers on average")
+    return (f"{len(depths)} tokens, {how} ({shares}); prefill {prefill:.2f} s, decode "
             f"{(len(depths) - len(answers)) / decode:.0f} tokens/s")
 
 
@@ -171,7 +275,11 @@ def main():
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
     parser.add("--data", help="take the prompts from these files")
     parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
-    for flag in ("--limit", "--exits", "--threshold", "--dtype", "--device", "--json"):
+    parser.add("--verify", action="store_true", help="lossless: exits draft, the last layer decides; output "
+               "as at full depth, greedy or sampled")
+    parser.add("--draft", 4, type=number(int, 1), metavar="N", help="tokens drafted at most between two "
+               "verifications; an unsure one ends a draft sooner")
+    for flag in ("--limit", "--exits", "--threshold", "--shortlist", "--dtype", "--device", "--json"):
         parser.add(flag)
     for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
         parser.add(flag, default)
@@ -184,10 +292,15 @@ def main():
     texts += [(args.raw, args.raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
+    if args.verify and not thresholds:
+        raise InputError("--verify lets exits draft, but none has a threshold; try --threshold 0.6")
     prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in texts]
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
+    reply = partial(answer, model, max_new_tokens=args.max_new_tokens, thresholds=thresholds,
+                    eos=tokenizer.eos, frequent=frequent_tokens(args, lite), verify=args.verify,
+                    draft=args.draft, temperature=args.temperature, top_p=args.top_p, rng=rng)
     if args.json:
-        answers = [answer(model, tokenizer, ids, args, thresholds, rng) for _, ids in prompts]
+        answers = [reply(ids) for _, ids in prompts]
         for a in answers:
             print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
@@ -198,7 +311,7 @@ def main():
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)
-        answers.append(answer(model, tokenizer, ids, args, thresholds, rng, painter))
+        answers.append(reply(ids, each=painter))
         print(flush=True)
     print(f"\n{summary(answers, L)}", file=sys.stderr)
 

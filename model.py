@@ -77,9 +77,33 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     """nn.Linear without first values: every weight here is loaded, or drawn by init_weights."""
+    packed = None                        # the weight once more, as `pack` lays it out for decoding
 
     def reset_parameters(self):
         pass
+
+    def forward(self, x):
+        return product(x, self.weight if self.packed is None else self.packed)
+
+
+def product(x, w):
+    """x (..., D) times w (N, D), which may be packed: (..., N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") if w.is_mkldnn else F.linear(x, w)
+
+
+def pack(w):
+    """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
+    if w.device.type != "cpu" or w.dtype == torch.float64 or not torch.backends.mkldnn.is_available() or (
+            w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return w.detach()
+    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4)                # for about 4 rows
+
+
+def side_by_side(x, joint, *linears):
+    """The product of x with each matrix; one product with all where `fuse` has joined them."""
+    if joint is None:
+        return [linear(x) for linear in linears]
+    return product(x, joint).split([linear.out_features for linear in linears], -1)
 
 
 def wide(x):
@@ -103,7 +127,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
         self.head_dim = args.dim // args.n_heads
-        self.rope = (args.max_seq_len, self.head_dim, args.rope_theta)
+        self.rope, self.joint = (args.max_seq_len, self.head_dim, args.rope_theta), None
         self.wq = Linear(args.dim, self.n_heads * self.head_dim, bias=False)
         self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
         self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
@@ -115,27 +139,30 @@ class Attention(nn.Module):
         turned = pairs * rope_table(*self.rope, x.device)[pos:pos + x.size(1)]
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-    def keys_values(self, x, pos, kv=None):
-        """K and V of x (B, T, D) at positions pos..; with a cache, write them there and return all up to now.
-
-        The only code that makes K and V: for tokens that pass the layer, and for those that skipped it.
-        """
-        k = self.rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), pos).transpose(1, 2)  # (B, K, T, E)
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+    def keep(self, k, v, pos, kv=None):
+        """K and V (B, T, K E each, K not yet turned) of positions pos..; with a cache, written there in place
+        and returned with all before them: the only code that makes K and V, for tokens that pass the layer
+        and for those that skipped it."""
+        k = self.rotate(k.unflatten(-1, (-1, self.head_dim)), pos).transpose(1, 2)           # (B, K, T, E)
+        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if kv is None:
             return k, v
-        end = pos + x.size(1)
+        end = pos + k.size(2)
         kv[0, :, :, pos:end], kv[1, :, :, pos:end] = k, v
         return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
 
     def forward(self, x, pos, T, kv=None):
         """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
-        k, v = self.keys_values(x, pos, kv)
-        R, S = x.size(1), k.size(2)
-        q = self.rotate(self.wq(x[:, R - T:]).unflatten(-1, (self.n_heads, -1)), pos + R - T).transpose(1, 2)
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S,
-                                           enable_gqa=self.n_kv_heads != self.n_heads)      # (B, H, T, E)
+        (q, k, v), R = side_by_side(x, self.joint, self.wq, self.wk, self.wv), x.size(1)
+        k, v = self.keep(k, v, pos, kv)
+        q = self.rotate(q[:, R - T:].unflatten(-1, (-1, self.head_dim)), pos + R - T).transpose(1, 2)
+        S, (K, G) = k.size(2), (self.n_kv_heads, self.n_heads // self.n_kv_heads)
+        if 1 < T == S:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)   # (B, H, T, E)
+        else:                            # few rows: the G heads that share K and V are so many more of them
+            mask = None if T == 1 else x.new_ones(T, S, dtype=torch.bool).tril(S - T).repeat(G, 1)
+            q = q.unflatten(1, (K, G)).flatten(2, 3)                                        # (B, K, G T, E)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(2, (G, T)).flatten(1, 2)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -147,9 +174,11 @@ class FeedForward(nn.Module):
         self.w1 = Linear(args.dim, args.ffn_dim, bias=False)
         self.w2 = Linear(args.ffn_dim, args.dim, bias=False)
         self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
+        self.joint = None
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = side_by_side(x, self.joint, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -191,9 +220,28 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=(self.args.dim * (2 * self.args.n_layers if writes else 1)) ** -0.5)
         return self
 
-    def logits(self, h):
-        """output(norm(h)): (..., D) -> (..., V) in fp32 or wider: one head for all exits and the end."""
-        return wide(self.output(self.norm(h)))
+    def logits(self, h, rows=None):
+        """output(norm(h)): (..., D) -> (..., V) in fp32 or wider: one head for all exits and the end.
+
+        rows (N, D): use these rows of the output matrix in place of all V, for (..., N).
+        """
+        return wide(self.output(self.norm(h)) if rows is None else product(self.norm(h), rows))
+
+    @torch.no_grad()
+    def fuse(self):
+        """For decoding, which waits for weights to be read: join wq, wk, wv and w1, w3, so that products are
+        few and large, and pack all matrices.  The parameters stay (views, where nothing packs), untrained."""
+        for block in self.layers:
+            a, f = block.attention, block.feed_forward
+            for part, parts in ((a, (a.wq, a.wk, a.wv)), (f, (f.w1, f.w3))):
+                joint = torch.cat([linear.weight for linear in parts])
+                part.joint = pack(joint)
+                if not part.joint.is_mkldnn:
+                    for linear, rows in zip(parts, joint.split([linear.out_features for linear in parts])):
+                        linear.weight.data = rows
+            a.wo.packed, f.w2.packed = pack(a.wo.weight), pack(f.w2.weight)
+        self.output.packed = pack(self.output.weight)
+        return self.requires_grad_(False)                # an update would not reach what is read
 
     def new_cache(self, B, S):
         """Room for K and V of S positions, (L, 2, B, K, S, E), not initialised; the caller keeps it."""
@@ -260,15 +308,16 @@ def find_checkpoint(folder):
 
 
 def read_lite(folder):
-    """lite.json of a folder: exits, weights, max_seq_len, thresholds; {} for a model without one."""
+    """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, and the number of the
+    shortlist's ids that these were chosen with (check); {} for a model without one."""
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
-    exits, thresholds = lite.get("exits", []), lite.get("thresholds", {})
-    if not isinstance(exits, list) or not isinstance(thresholds, dict) or not all(
-            type(n) is int for n in exits) or not all(
+    exits, thresholds, ids = lite.get("exits", []), lite.get("thresholds", {}), lite.get("shortlist", [])
+    if not (isinstance(exits, list) and isinstance(ids, list) and isinstance(thresholds, dict)) or not all(
+            type(n) is int and n >= 0 for n in [*exits, *ids, lite.get("check", 0)]) or not all(
             n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
         raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers and "
-                         "numbers from 0 to 1 by layer")
+                         "numbers from 0 to 1 by layer (shortlist: a list of token ids, check: a number)")
     return lite
 
 

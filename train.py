@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +38,7 @@ from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, 
                    save_meta, wide)
 
 GIB = 2 ** 30
+SHORTLIST = 2048                       # frequent tokens kept in lite.json, for cheap exit checks
 MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}     # may differ on --resume
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 # The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
@@ -175,7 +177,8 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         raise InputError(f"--out {out}: rank {rank} does not see what rank 0 wrote; machines must share it")
     torch.save(optimizer_state(model, optimizer), tmp / f"optimizer.{rank:02d}.pt")
     if rank == 0:
-        save_meta(tmp, model, tokenizer, dict(exits=args.exits, weights=args.weights))
+        lite = dict(exits=args.exits, weights=args.weights, shortlist=args.shortlist)
+        save_meta(tmp, model, tokenizer, lite)
         (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=settings(args))) + "\n")
     wait()
     if rank == 0:
@@ -366,7 +369,8 @@ def main():
     crc, step = zlib.crc32(repr((rows, val)).encode()), saved["step"] if saved else 0
     if saved and crc != getattr(args, "crc", None):
         raise InputError(f"--data: not the examples that the run in {args.out} began with; restore them")
-    args.crc = crc
+    args.crc, said = crc, Counter(i for ids, n_prompt in rows for i in ids[n_prompt:])
+    args.shortlist = [i for i, _ in said.most_common(SHORTLIST)]
     try:
         if world > 1:
             join(args, step, device, world)

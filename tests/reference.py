@@ -96,3 +96,30 @@ class Llama:
                 logits = self.head(h)
             for skipped in range(depth, self.L):         # the copy: at once, for every layer above
                 self.write_kv(skipped, pos, h)
+
+
+def as_transformers(model):
+    """transformers' LlamaForCausalLM with this model's weights."""
+    import transformers
+    a, state = model.args, model.state_dict()
+
+    def halves(w, heads):                                # Hugging Face rotates halves, Meta pairs: reorder the rows
+        return w.view(heads, -1, 2, w.size(1)).transpose(1, 2).reshape_as(w)
+
+    names = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
+             "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+             "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+    theirs = {"model.embed_tokens.weight": state["tok_embeddings.weight"], "model.norm.weight": state["norm.weight"],
+              "lm_head.weight": state["output.weight"]}
+    for i in range(a.n_layers):
+        for ours, name in names.items():
+            w = state[f"layers.{i}.{ours}.weight"]
+            heads = {"wq": a.n_heads, "wk": a.n_kv_heads or a.n_heads}.get(ours.split(".")[-1])
+            theirs[f"model.layers.{i}.{name}.weight"] = halves(w, heads) if heads else w
+    config = transformers.LlamaConfig(
+        vocab_size=a.vocab_size, hidden_size=a.dim, intermediate_size=a.ffn_dim, num_hidden_layers=a.n_layers,
+        num_attention_heads=a.n_heads, num_key_value_heads=a.n_kv_heads, rms_norm_eps=a.norm_eps, rope_theta=a.rope_theta,
+        rope_parameters=dict(rope_type="default", rope_theta=a.rope_theta), max_position_embeddings=4096)
+    other = transformers.LlamaForCausalLM(config)
+    other.load_state_dict(theirs, assign=True)           # in their own dtype; the rotary table stays fp32
+    return other.eval()

@@ -73,7 +73,10 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "lite.json").write_text("[]"), ["lite.json", "object"]),
     (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 7}}'), ["lite.json", "thresholds"]),
     (lambda d: (d / "lite.json").write_text('{"max_seq_len": "x"}'), ["max_seq_len"]),
-    (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["exits", "99"])]
+    (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["exits", "99"]),
+    (lambda d: (d / "lite.json").write_text('{"shortlist": [2, "a"]}'), ["lite.json", "shortlist"]),
+    (lambda d: (d / "lite.json").write_text('{"shortlist": [2, 40000]}'), ["lite.json", "shortlist", "another model"]),
+    (lambda d: (d / "lite.json").write_text('{"check": -1}'), ["lite.json", "check"])]
 
 FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the line
     ("generate", "--ckpt CKPT --threshold 1.5 hi", ["--threshold", "1.5", "0 to 1"]),

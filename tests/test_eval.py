@@ -15,7 +15,7 @@ from model import IGNORE, load_meta, read_lite
 from reference import Llama
 import questions as Q
 
-ARGS = SimpleNamespace(max_new_tokens=40, temperature=0.0, top_p=1.0)
+ARGS = SimpleNamespace(max_new_tokens=40, shortlist=None)
 
 
 def test_exit_losses_equal_a_naive_count():

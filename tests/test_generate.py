@@ -9,6 +9,7 @@ import torch
 
 import generate as G
 from conftest import random_model
+from data import TINY_FOLDER, embedded, prompt_text
 from model import InputError, load_meta
 from reference import Llama
 
@@ -76,20 +77,18 @@ def test_confidence_is_the_largest_softmax_probability():
 
 
 def account(model, rule, n, poison=float("nan")):
-    """Decode by hand with decode_one in a poisoned cache; check the books after every token. Returns cache and depths."""
-    P = len(PROMPT)
-    cache = model.new_cache(1, P + n).fill_(poison)
-    left = torch.full((1, P + n, model.args.dim), poison, dtype=cache.dtype)
+    """Decode in a poisoned cache; check the books after every token. Returns cache, states left with and depths."""
+    decoder = G.Decoder(model, PROMPT, len(PROMPT) + n, rule)
+    cache, left, depths = decoder.cache.fill_(poison), decoder.left.fill_(poison), []
     with torch.no_grad():
-        *_, h = model.states(torch.tensor([PROMPT]), cache=cache)
-        logits, debt_from, depths = model.logits(h[0, -1]), [P] * 6, []
-        for pos in range(P, P + n):
-            assert logits.isfinite().all()
-            logits, depth = G.decode_one(model, logits.argmax().item(), pos, cache, left, debt_from, rule)
+        token = decoder.prefill(PROMPT)[0][0]
+        for pos in range(len(PROMPT), len(PROMPT) + n):
+            (token, depth), = decoder.exit_early(token, pos)
             depths.append(depth)
-            for i in range(6):                           # visited layers owe nothing, skipped ones exactly what they skipped
-                assert debt_from[i] == pos + 1 if i < depth else debt_from[i] <= pos
-                assert not cache[i, ..., :debt_from[i], :].isnan().any() and cache[i, ..., debt_from[i]:, :].isnan().all()
+            assert left[:, pos].isfinite().all()
+            for i, from_ in enumerate(decoder.debt_from):            # visited layers owe nothing, skipped ones what they skipped
+                assert from_ == pos + 1 if i < depth else from_ <= pos
+                assert not cache[i, ..., :from_, :].isnan().any() and cache[i, ..., from_:, :].isnan().all()
     return cache, left, depths
 
 
@@ -118,9 +117,9 @@ def test_a_skipped_layer_holds_the_projected_exit_state(model):
 def test_a_layer_nobody_visits_again_is_never_paid(model, monkeypatch):
     rows = collections.Counter()
     for i, block in enumerate(model.layers):
-        original = block.attention.keys_values
-        monkeypatch.setattr(block.attention, "keys_values",
-                            lambda x, pos, kv=None, i=i, original=original: rows.update({i: x.size(1)}) or original(x, pos, kv))
+        original = block.attention.keep
+        monkeypatch.setattr(block.attention, "keep",
+                            lambda k, *rest, i=i, original=original: rows.update({i: k.size(1)}) or original(k, *rest))
     run(model, 20, {2: 0.0})
     assert dict(rows) == {0: 6 + 19, 1: 6 + 19, 2: 6, 3: 6, 4: 6, 5: 6}     # above exit 2: the prompt and nothing else
 
@@ -165,20 +164,202 @@ def test_sampling_draws_from_the_exits_own_tempered_distribution(model):
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (2.0, 0.3)])
-def test_sampled_frequencies_are_the_nucleus(temperature, top_p):
-    logits, n = torch.tensor([2.0, 1.0, 0.5, 0.0, -3.0]), 20000
-    probs = [math.exp(x / temperature) for x in logits.tolist()]
-    kept, mass = [], 0.0
-    for p in probs:                                      # the logits are in falling order already
+def test_the_distribution_is_the_nucleus(temperature, top_p):
+    logits = torch.tensor([0.5, 2.0, -3.0, 1.0, 0.0], dtype=torch.float64)
+    probs = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist())}
+    total, kept, mass = sum(probs.values()), {}, 0.0
+    for i in sorted(probs, key=probs.get, reverse=True):
         if mass < top_p:
-            kept.append(p / sum(probs))
-        mass += p / sum(probs)
+            kept[i] = probs[i] / total
+        mass += probs[i] / total
+    want = [kept.get(i, 0) / sum(kept.values()) for i in probs]
+    assert G.distribution(logits, temperature, top_p).tolist() == pytest.approx(want)
+    assert G.distribution(logits).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_draws_follow_the_distribution():
+    n, probs = 20000, torch.tensor([0.5, 0.3, 0.2, 0.0])
+    decoder = G.Decoder(random_model(), [1], 3, {}, temperature=1.0, rng=torch.Generator().manual_seed(0))
+    counts = collections.Counter(decoder.draw(probs) for _ in range(n))
+    for i, p in enumerate(probs.tolist()):
+        assert abs(counts[i] / n - p) <= 5 * math.sqrt(p * (1 - p) / n)
+
+
+# The shortlist
+
+def test_an_exit_checked_on_a_list_of_all_tokens_is_the_whole_head(model):
+    for rule in RULES:
+        assert run(model, 50, rule, frequent=list(range(95, -1, -1))) == run(model, 50, rule)
+
+
+def test_the_shortlist_holds_each_token_once_and_grows_with_the_context(model):
+    short = G.Shortlist(model, [5, 9, 5], 4)
+    short.add(iter([9, 7, 7, 5]))
+    assert short.ids[:3].tolist() == [5, 9, 7]
+    assert torch.equal(short.rows, model.output.weight[[5, 9, 7]])
+    short.add(range(4))
+    assert short.rows.shape == (7, 48)                   # as many as the frequent ones and the room for a context, no more
+    full = G.Shortlist(model, [], 4)
+    full.add([1, 2])
+    assert full.rows is None and torch.equal(full.spread(torch.arange(96.0)), torch.arange(96.0))
+
+
+def test_an_early_token_is_the_best_of_the_list_and_a_late_one_the_best_of_all(model):
+    frequent, rule, seen = list(range(20)), {2: 0.3}, set(PROMPT)
+    tokens, exits = run(model, 40, rule, frequent=frequent)
+    assert {2, 6} == set(exits)
+    reference = Llama.of(model)
+    for pos, t in enumerate(PROMPT):
+        h = reference.states(t, pos)[-1]
+    for i, (token, depth) in enumerate(zip(tokens, exits)):
+        if i:                                            # the naive loop once more, with the head's other rows struck out
+            pos, h = len(PROMPT) + i - 1, reference.w["tok_embeddings.weight"][tokens[i - 1]]
+            for layer in range(6):
+                h = reference.layer(layer, pos, h)
+                x = reference.head(h)
+                listed = sorted(seen | set(frequent))
+                short = np.full(96, -np.inf)
+                short[listed] = x[listed]
+                if layer == 1 and 1 / np.exp(short - short.max()).sum() > 0.3:
+                    x = short
+                    break
+            assert depth == layer + 1
+            for skipped in range(layer + 1, 6):
+                reference.write_kv(skipped, pos, h)
+            assert token == np.argmax(x)
+        seen.add(token)
+
+
+def test_an_exiting_token_pays_no_head_and_a_check_only_the_list(model):
+    read = collections.Counter()
+
+    class Meter(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, f, types, args=(), kwargs=None):
+            if f is torch.nn.functional.linear:
+                read[tuple(args[1].shape)] += 1
+            return f(*args, **(kwargs or {}))
+
+    for fused, products in ((False, 7), (True, 4)):
+        other = random_model(dtype=torch.float64)
+        if fused:
+            other.fuse()
+        steps = G.generate(other, PROMPT, 11, {2: 0.0}, frequent=range(20))
+        next(steps)
+        read.clear()
+        with Meter():
+            list(steps)
+        heads = {shape: n for shape, n in read.items() if shape[0] in range(20, 20 + 6 + 12)}
+        assert (96, 48) not in read and sum(heads.values()) == 10
+        assert sum(read.values()) == 10 * (1 + 2 * products)         # a check and two layers for each token, nothing else
+
+
+# Lossless decoding
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The committed model: its exits are good, so that drafts are kept."""
+    return load_meta(TINY_FOLDER, torch.float64)
+
+
+def questions(tokenizer, n):
+    return [tokenizer.encode(prompt_text(e), bos=True) for e in embedded(n, split="test")]
+
+
+@pytest.mark.parametrize("draft", [1, 4])
+def test_verified_greedy_output_is_full_depths_for_any_exits_and_thresholds(model, tiny, tokenizer, draft):
+    for m, prompt in ((model, PROMPT), (model, [1]), (tiny, questions(tokenizer, 1)[0])):
+        full, L = run(m, 30, prompt=prompt)[0], len(m.layers)
+        for rule, frequent in zip([*RULES, {2: 0.0}, {5: 0.0}, {1: 0.0, 3: 0.0}], [[], range(30)] * 4):
+            drafts = []
+            tokens, exits = run(m, 30, rule, prompt=prompt, frequent=frequent, verify=True, draft=draft, drafts=drafts)
+            kept = sum(n < L for n in exits)
+            assert tokens == full
+            assert set(exits) <= {*rule, L} and kept <= sum(drafts) and max(drafts) <= draft
+            if rule == {2: 0.0}:
+                assert kept > 0 and exits.count(L) > 1               # both happen: drafts are kept, and are rejected
+
+
+def test_verifying_with_packed_fp32_matrices_is_full_depth_too(tokenizer):
+    model = load_meta(TINY_FOLDER, torch.float32).fuse()
+    for prompt in questions(tokenizer, 10):
+        assert run(model, 20, {2: 0.3, 4: 0.3}, prompt=prompt, verify=True)[0] == run(model, 20, prompt=prompt)[0]
+
+
+def test_good_drafts_are_kept_several_at_a_time(tiny, tokenizer):
+    for prompt in questions(tokenizer, 5):
+        drafts, full = [], run(tiny, 20, prompt=prompt, eos=tokenizer.eos)
+        tokens, exits = run(tiny, 20, {2: 0.8}, prompt=prompt, eos=tokenizer.eos, verify=True, draft=8, drafts=drafts)
+        assert tokens == full[0] and len(drafts) < len(tokens) - 1 and exits.count(2) >= 2
+
+
+def test_a_verified_answer_stops_at_eos_and_at_its_length(tiny, tokenizer):
+    prompt = questions(tokenizer, 1)[0]
+    full, _ = run(tiny, 60, prompt=prompt)
+    for n in range(1, 12):
+        assert run(tiny, n, {2: 0.0}, prompt=prompt, verify=True)[0] == full[:n]
+    for eos in set(full[:8]):
+        assert run(tiny, 60, {2: 0.0}, prompt=prompt, verify=True, eos=eos)[0] == full[:full.index(eos) + 1]
+
+
+@pytest.mark.parametrize("temperature, top_p, frequent", [(1.0, 1.0, []), (1.7, 0.8, []), (1.0, 0.9, [0, 2, 3])])
+def test_verified_sampling_keeps_the_last_layers_distribution(temperature, top_p, frequent):
+    """2nd to 4th token, jointly, against the product of the last layer's exact conditionals, 5 standard errors."""
+    model, n, prompt = random_model(vocab_size=5, dtype=torch.float64, n_layers=3), 2000, [1, 4, 2]
+
+    def joint(ids, depth):
+        """{the next `depth` tokens: probability}, every forward uncached."""
+        probs = G.distribution(model(torch.tensor([ids]))[0, -1], temperature, top_p).tolist()
+        return {(t, *rest): p * q for t, p in enumerate(probs) if p
+                for rest, q in (joint([*ids, t], depth - 1).items() if depth > 1 else [((), 1.0)])}
+
+    with torch.no_grad():
+        want = joint(prompt, 4)
+    marginal, found, drafts, kept = collections.Counter(), collections.Counter(), [], 0
+    for tokens, p in want.items():
+        marginal[tokens[1:]] += p
     rng = torch.Generator().manual_seed(0)
-    counts = collections.Counter(G.sample(logits, temperature, top_p, rng) for _ in range(n))
-    assert set(counts) <= set(range(len(kept)))
-    for i, p in enumerate(kept):
-        p /= sum(kept)
-        assert abs(counts[i] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-9
+    for _ in range(n):
+        tokens, exits = run(model, 4, {1: 0.0}, prompt=prompt, verify=True, temperature=temperature, top_p=top_p, rng=rng,
+                            frequent=frequent, drafts=drafts)
+        found[tuple(tokens[1:])] += 1
+        kept += exits.count(1)
+    assert max(drafts) == 2 and 0.1 < kept / sum(drafts) < 0.95      # several at a time, and some are rejected
+    assert sum(marginal.values()) == pytest.approx(1)
+    for triple in marginal.keys() | found.keys():
+        p = marginal[triple]
+        assert abs(found[triple] / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-12, (triple, found[triple] / n, p)
+
+
+def test_a_batch_is_refused_in_one_line(model):
+    with pytest.raises(InputError, match="expected one prompt"):
+        run(model, 3, prompt=[PROMPT, PROMPT])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_no_step_copies_or_allocates_the_cache(verify):
+    """The largest tensor that any operation of a step makes does not grow with the context as the cache does."""
+    model, largest = random_model(max_seq_len=4096).fuse(), []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            own = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor) and not x.is_mkldnn}
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in own:
+                    largest[-1] = max(largest[-1], x.untyped_storage().nbytes())
+            return out
+
+    for n in (256, 2048):
+        prompt = torch.randint(96, (n,), generator=torch.Generator().manual_seed(1)).tolist()
+        drafts = []
+        steps = G.generate(model, prompt, 8, {2: 0.1}, verify=verify, draft=2, drafts=drafts)
+        next(steps)
+        largest.append(0)
+        with Sizes():
+            list(steps)
+        assert not verify or max(drafts) > 0
+    layer = 2 * 2 * 8 * 2048 * 4                         # one layer's K and V of 2048 positions, bytes
+    assert largest[1] < layer / 8, largest               # --verify's mask has rows x heads per K x positions bytes
 
 
 def test_exit_rules():

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, random_model
 from model import (InputError, ModelArgs, Transformer, default_exits, find_checkpoint, lite_loss, load_meta, read_args,
                    save_meta)
-from reference import Llama
+from reference import Llama, as_transformers
 
 SPLIT = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}     # Meta's
 
@@ -186,6 +186,30 @@ def test_loading_needs_no_second_copy(tmp_path, shards, most):
     assert 0.9 * size < grown <= most * size
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_fused_and_packed_matrices_give_the_same_states(dtype, tolerance):
+    """For 1 row (as decoding has), a few and many; the parameters keep names and values, in float64 (never packed) as views."""
+    plain, fused = random_model(dtype=dtype), random_model(dtype=dtype).fuse()
+    assert all(torch.equal(w, fused.state_dict()[name]) for name, w in plain.state_dict().items())
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+    for T in (1, 3, 40):
+        tokens = torch.randint(96, (1, T), generator=torch.Generator().manual_seed(T))
+        with torch.inference_mode():
+            want, got = plain(tokens), fused(tokens)
+        assert (want - got).abs().max() <= tolerance * want.abs().max()
+    attention = fused.layers[0].attention
+    if dtype == torch.float64:
+        assert attention.joint.data_ptr() == attention.wq.weight.data_ptr()      # one copy, not two
+    elif torch.backends.mkldnn.is_available():
+        assert attention.joint.is_mkldnn and fused.output.packed.is_mkldnn
+
+
+def test_some_rows_of_the_head_are_these_rows_logits():
+    model = random_model(dtype=torch.float64)
+    h, rows = torch.randn(2, 48, dtype=torch.float64), [5, 90, 7]
+    torch.testing.assert_close(model.logits(h, model.output.weight[rows]), model.logits(h)[:, rows])
+
+
 def test_weights_that_do_not_fit_name_the_keys(tmp_path):
     model = random_model()
     folder = write_folder(tmp_path / "a", model, n_layers=5)
@@ -199,32 +223,12 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path):
 
 def test_the_real_model_speaks_as_transformers_says(real):
     """SmolLM2 in Meta's format, 1 or more shards: 24 greedy tokens for 5 prompts, fp32, equal LlamaForCausalLM's."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from data import Tokenizer
     from generate import generate
     model = load_meta(real, torch.float32)
-    a, state = model.args, model.state_dict()
-
-    def halves(w, heads):                                # Hugging Face rotates halves, Meta pairs: reorder the rows
-        return w.view(heads, -1, 2, w.size(1)).transpose(1, 2).reshape_as(w)
-
-    names = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
-             "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-             "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
-    theirs = {"model.embed_tokens.weight": state["tok_embeddings.weight"], "model.norm.weight": state["norm.weight"],
-              "lm_head.weight": state["output.weight"]}
-    for i in range(a.n_layers):
-        for ours, name in names.items():
-            w = state[f"layers.{i}.{ours}.weight"]
-            heads = {"wq": a.n_heads, "wk": a.n_kv_heads or a.n_heads}.get(ours.split(".")[-1])
-            theirs[f"model.layers.{i}.{name}.weight"] = halves(w, heads) if heads else w
-    config = transformers.LlamaConfig(
-        vocab_size=a.vocab_size, hidden_size=a.dim, intermediate_size=a.ffn_dim, num_hidden_layers=a.n_layers,
-        num_attention_heads=a.n_heads, num_key_value_heads=a.n_kv_heads, rms_norm_eps=a.norm_eps, rope_theta=a.rope_theta,
-        rope_parameters=dict(rope_type="default", rope_theta=a.rope_theta), max_position_embeddings=4096)
-    other = transformers.LlamaForCausalLM(config).eval()
-    other.load_state_dict(theirs)
-    tokenizer = Tokenizer.load(find_checkpoint(real), a.vocab_size)
+    other = as_transformers(model)
+    tokenizer = Tokenizer.load(find_checkpoint(real), model.args.vocab_size)
     for text in ("The capital of France is", "def add(a, b):", "Once upon a time", "Water boils at", "My favourite colour"):
         prompt = tokenizer.encode(text, bos=True)
         want = other.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0)

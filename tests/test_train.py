@@ -1,4 +1,5 @@
 """train.py: the same numbers on any number of processes, runs that resume, saves that are whole or absent."""
+import collections
 import json
 import math
 import os
@@ -297,6 +298,15 @@ def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_p
     assert done.returncode == 2 and "0 of 75" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
+    rows = tokenize(embedded(6 * 8), tokenizer, 64)
+    said = collections.Counter(i for ids, n_prompt in rows for i in ids[n_prompt:])
+    listed = json.loads((straight / "one/latest/lite.json").read_text())["shortlist"]
+    assert set(listed) == set(said) and tokenizer.eos in listed       # few enough to be listed all
+    counts = [said[i] for i in listed]
+    assert counts == sorted(counts, reverse=True)
+
+
 def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 4))
     subprocess.run(["cp", "-r", str(checkpoint), str(tmp_path / "ckpt")], check=True)
@@ -426,7 +436,7 @@ def test_tuning_a_checkpoint_on_alpaca_data(checkpoint, tmp_path):
 def test_a_kill_at_any_write_of_a_save_leaves_a_folder_that_resumes(tmp_path):
     """A child process ends, without any clean-up, at its k-th change to the file system, for every k."""
     model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
-    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], lr=1e-3, weight_decay=0.0)
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, weight_decay=0.0)
     optimizer, seen = T.optimizer_for(model, args), []
     for k in range(1, 100):
         out = tmp_path / f"run{k}"
@@ -498,7 +508,7 @@ def test_a_run_killed_twice_ends_in_the_weights_of_an_uninterrupted_run(tmp_path
 
 def test_a_save_that_dies_half_way_leaves_the_last_one(straight, tmp_path, monkeypatch):
     model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
-    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], lr=1e-3, weight_decay=0.0)
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, weight_decay=0.0)
     optimizer, out = T.optimizer_for(model, args), tmp_path / "run"
     out.mkdir()
     T.save(out, 1, model, optimizer, tokenizer, args)
