@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                          # a label that carries no loss: prompts and pads
+PACK_FROM = 2 ** 17                    # smaller matrices lie in the cache as they are
 LOGIT_ROWS = 512                       # positions whose logits, V numbers each, exist at a time in training
 
 
@@ -93,8 +94,9 @@ def product(x, w):
 
 def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
-    if w.device.type != "cpu" or w.dtype == torch.float64 or not torch.backends.mkldnn.is_available() or (
-            w.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if w.device.type != "cpu" or w.dtype == torch.float64 or w.numel() < PACK_FROM or not (
+            torch.ops.mkldnn._is_mkldnn_bf16_supported() if w.dtype == torch.bfloat16 else
+            torch.backends.mkldnn.is_available()):
         return w.detach()
     return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4)                # for about 4 rows
 

@@ -156,7 +156,8 @@ def modes_of(args, model, lite):
         modes[f"verify, {t:g}"] = (dict(thresholds=exit_rule([t], args.exits, lite, L), verify=True, draft=args.draft), few)
     if not few["frequent"]:                              # no list: the modes with one would be those without
         modes = {name: how for name, how in modes.items() if "shortlist" not in name}
-    return {name: how | more for name, (how, more) in modes.items()}
+    wanted = {name for name in modes if name == "full depth" or any(part in name for part in args.only or [""])}
+    return {name: how | more for name, (how, more) in modes.items() if name in wanted}
 
 
 def compare(args, model, lite, prompts, eos):
@@ -271,6 +272,7 @@ def main():
     parser.add_argument("--shortlist", type=int)
     parser.add_argument("--force", type=int, nargs="*", default=[], metavar="N", help="also leave always at these exits")
     parser.add_argument("--verify-threshold", type=float, nargs="*", default=[0.5, 0.8], metavar="X", help="of --verify's drafts")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only the modes with one of these in their names")
     parser.add_argument("--draft", type=int, default=4, help="tokens drafted at most (default: 4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--device")

@@ -279,7 +279,8 @@ def test_verified_greedy_output_is_full_depths_for_any_exits_and_thresholds(mode
                 assert kept > 0 and exits.count(L) > 1               # both happen: drafts are kept, and are rejected
 
 
-def test_verifying_with_packed_fp32_matrices_is_full_depth_too(tokenizer):
+def test_verifying_with_packed_fp32_matrices_is_full_depth_too(tokenizer, monkeypatch):
+    monkeypatch.setattr("model.PACK_FROM", 0)
     model = load_meta(TINY_FOLDER, torch.float32).fuse()
     for prompt in questions(tokenizer, 10):
         assert run(model, 20, {2: 0.3, 4: 0.3}, prompt=prompt, verify=True)[0] == run(model, 20, prompt=prompt)[0]
@@ -336,8 +337,9 @@ def test_a_batch_is_refused_in_one_line(model):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_no_step_copies_or_allocates_the_cache(verify):
+def test_no_step_copies_or_allocates_the_cache(verify, monkeypatch):
     """The largest tensor that any operation of a step makes does not grow with the context as the cache does."""
+    monkeypatch.setattr("model.PACK_FROM", 0)
     model, largest = random_model(max_seq_len=4096).fuse(), []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
