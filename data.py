@@ -47,8 +47,8 @@ FLAGS = {
                     "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
     "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "
                         "which to leave, for all exits or one each; 1: never (default: lite.json's, else 1)"),
-    "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, from "
-                        "lite.json, and the context's; 0: on all there are (default: as many as it lists)"),
+    "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, of "
+                        "lite.json's, and the context's; 0: on all V (default: its check, else its list)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
     "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
     "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else it divides the logits"),

@@ -125,10 +125,10 @@ class Decoder:
         """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
 
         The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
-        one is unsure.  So layers up to n have seen every row, and the rows, each from where it stopped, go
-        through the layers above together.  (Had a row gone above n alone, it would have met K and V there
-        that its neighbours below did not yet have.)  What is rejected lies beyond pos in the cache, and is
-        overwritten.  Rejection rule: Leviathan et al., Chen et al. (2023); greedy is its special case.
+        one is unsure.  So layers up to n have seen every row, and from there all rows go through those above
+        together.  (Had a row gone above n alone, it would have missed its predecessors' K and V there.)
+        What is rejected lies beyond the new pos in the cache, and is overwritten.  The rule for sampling:
+        Leviathan et al., Chen et al. (2023); greedy is its special case.
         """
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
         rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
@@ -157,17 +157,17 @@ def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=Fa
     verify: output as at full depth, whatever the exits are.  For `how`, see Decoder.
     """
     if not all(isinstance(token, int) for token in prompt):
-        raise InputError("a batch was given; expected one prompt, a list of ids: exits are per token, and "
-                         "the rows of a batch would wait for the deepest; use one process per prompt")
-    pos, left = len(prompt) - 1, max_new_tokens          # pos: of the newest token whose successor is unknown
+        raise InputError("expected one prompt, a list of int ids, found a batch or a tensor; exits are per "
+                         "token, a batch would wait for its deepest row: use one process per prompt")
+    pos, remaining = len(prompt) - 1, max_new_tokens     # pos: of the newest token whose successor is unknown
     thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}          # 1 never leaves: do not ask
     state = decoder(model, prompt, len(prompt) + max_new_tokens, thresholds, **how)
     step, out = state.verify if verify else state.exit_early, state.prefill(prompt)
     while True:
         for token, depth in out:
             yield token, depth
-            left -= 1
-            if token == eos or not left:
+            remaining -= 1
+            if token == eos or not remaining:
                 return
         state.shortlist.add(token for token, _ in out)
         pos += len(out)
@@ -212,7 +212,7 @@ def exit_rule(threshold, exits, lite, n_layers):
 
 def frequent_tokens(args, lite):
     """lite.json's tokens for exit checks: the first --shortlist; else as many as its thresholds were chosen
-    with, if it says so; else all. None is the whole head."""
+    with (check), if it says so; else all. An empty list means the whole head."""
     check, n = lite.get("check"), args.shortlist
     if args.threshold is None and None not in (check, n) and check != n:
         print(f"note: lite.json's thresholds were chosen with --shortlist {check}", file=sys.stderr)
@@ -292,8 +292,8 @@ def main():
     texts += [(args.raw, args.raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
-    if args.verify and not thresholds:
-        raise InputError("--verify lets exits draft, but none has a threshold; try --threshold 0.6")
+    if args.verify and not any(t < 1 for t in thresholds.values()):
+        raise InputError("--verify lets exits draft, but none has a threshold below 1; try --threshold 0.6")
     prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in texts]
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
     reply = partial(answer, model, max_new_tokens=args.max_new_tokens, thresholds=thresholds,

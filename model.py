@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100                          # a label that carries no loss: prompts and pads
-PACK_FROM = 2 ** 17                    # smaller matrices lie in the cache as they are
+PACK_FROM = 2 ** 17                    # weights; smaller matrices lie in the CPU's cache anyway
 LOGIT_ROWS = 512                       # positions whose logits, V numbers each, exist at a time in training
 
 
@@ -142,9 +142,11 @@ class Attention(nn.Module):
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     def keep(self, k, v, pos, kv=None):
-        """K and V (B, T, K E each, K not yet turned) of positions pos..; with a cache, written there in place
-        and returned with all before them: the only code that makes K and V, for tokens that pass the layer
-        and for those that skipped it."""
+        """Turn K, split heads, and with a cache write K and V there in place and return all up to them.
+
+        k, v (B, T, K E), as wk and wv gave them at positions pos..  For tokens that pass the layer and for
+        those that skipped it alike: the only code that keeps K and V.
+        """
         k = self.rotate(k.unflatten(-1, (-1, self.head_dim)), pos).transpose(1, 2)           # (B, K, T, E)
         v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if kv is None:
@@ -232,7 +234,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def fuse(self):
         """For decoding, which waits for weights to be read: join wq, wk, wv and w1, w3, so that products are
-        few and large, and pack all matrices.  The parameters stay (views, where nothing packs), untrained."""
+        few and large, and pack the larger ones.  The parameters stay (as views, where nothing packs)."""
         for block in self.layers:
             a, f = block.attention, block.feed_forward
             for part, parts in ((a, (a.wq, a.wk, a.wv)), (f, (f.w1, f.w3))):

@@ -7,9 +7,9 @@
 
 Decoding one token reads every weight it uses once, and that is what it waits for.  So each mode is first run under a
 meter that adds up the bytes of all matrices multiplied (which is also its warm-up), then timed in turns with the
-others, always for --tokens tokens (no stop at EOS), decoding alone.  Columns:
+others, always for --tokens tokens (no stop at EOS), decoding alone, after the prompt.  Columns:
     S          speed-up over full depth; P: the same as predicted by the bytes alone; share: (S - 1) / (P - 1)
-    agreement  tokens that an exact full-depth pass over the same prefix puts first, full depth's own being the noise
+    agreement  tokens that an exact full-depth pass over the same prefix puts first, up to EOS; full depth lacks what rounding takes
     GB/s       weights read per second; the ceiling is that of one large matrix-vector product in this run
 """
 import argparse
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as M  # noqa: E402
-from data import embedded, pick_device, prompt_text, read_examples  # noqa: E402
+from data import embedded, pick_device, prompt_text, read_examples, run  # noqa: E402
 from eval import agrees, rate  # noqa: E402
 from generate import Decoder, exit_rule, frequent_tokens, generate, load_for_decoding  # noqa: E402
 from model import Transformer, read_args  # noqa: E402
@@ -120,11 +120,11 @@ def theirs(other, prompt, tokens):
 
 
 @torch.inference_mode()
-def ceiling(model, repeats=9):
-    """Bytes per second of one large matrix-vector product: the output matrix, or one of 64 MiB, out of the cache."""
+def ceiling(model, layout, repeats=9):
+    """Bytes per second of one large matrix-vector product: the output matrix, or one of 64 MiB; three of them, too large for the cache."""
     w = model.output.weight
     rows = max(len(w), 2 ** 26 // (w.size(1) * w.itemsize))
-    big = [M.pack(torch.randn(rows, w.size(1), device=w.device).to(w.dtype)) for _ in range(3)]
+    big = [layout(torch.randn(rows, w.size(1), device=w.device).to(w.dtype)) for _ in range(3)]
     x, times = torch.randn(1, w.size(1), device=w.device).to(w.dtype), []
     for _ in range(repeats):
         sync(w.device)
@@ -163,11 +163,13 @@ def modes_of(args, model, lite):
 def compare(args, model, lite, prompts, eos):
     """Meter all modes on all prompts, time them in turns, print the table; returns its rows."""
     modes, L = modes_of(args, model, lite), model.args.n_layers
-    run = {name: partial(decode, model, tokens=args.tokens, **how) for name, how in modes.items()}
-    seen = {name: [f(p, meter=True) for p in prompts] for name, f in run.items()}
-    rounds = {name: [] for name in run}
+    ways = {name: partial(decode, model, tokens=args.tokens, **how) for name, how in modes.items()}
+    seen = {name: [f(p, meter=True) for p in prompts] for name, f in ways.items()}
+    rounds = {name: [] for name in ways}
     if args.transformers:
+        import transformers
         from reference import as_transformers
+        transformers.logging.set_verbosity_error()       # it warns of the EOS that never comes
         other = as_transformers(model)
         rounds["transformers generate"] = []
         theirs(other, prompts[0], args.tokens)
@@ -176,12 +178,14 @@ def compare(args, model, lite, prompts, eos):
         for i, p in enumerate(prompts, turn):
             order = list(rounds)
             for name in order[i % len(order):] + order[:i % len(order)]:         # nobody always follows the same
-                seconds[name] += theirs(other, p, args.tokens) if name not in run else run[name](p).seconds
+                seconds[name] += theirs(other, p, args.tokens) if name not in ways else ways[name](p).seconds
         for name in rounds:
             rounds[name].append(seconds[name] / (len(prompts) * (args.tokens - 1)))
-    top, full = ceiling(model), seen["full depth"]
-    print(f"one large matrix-vector product reads {top / 1e9:.1f} GB/s: at full depth that would be "
-          f"{top / sum(a.bytes for a in full) * len(full) * (args.tokens - 1):.0f} tokens/s\n")
+    full, tops = seen["full depth"], [ceiling(model, layout) for layout in (M.pack, torch.clone)]
+    for top, layout in zip(tops, ("packed", "as loaded")):
+        print(f"one large matrix-vector product, {layout}, reads {top / 1e9:.1f} GB/s: full depth could make "
+              f"{top / sum(a.bytes for a in full) * len(full) * (args.tokens - 1):.0f} tokens/s")
+    print()
     print(f"{'':<40} {'tok/s':>7} {'S':>6} {'P':>6} {'share':>6} {'layers':>7} {'agreement %':>19} {'MB/token':>9} {'GB/s':>6}")
     rows = {}
     for name, per_token in rounds.items():
@@ -205,7 +209,7 @@ def compare(args, model, lite, prompts, eos):
                   f"{row['kept'] / row['rounds'] + 1:.2f} tokens a round; identical to full depth on {row['identical']} of "
                   f"{len(prompts)} prompts")
     explain(rows)
-    return dict(ceiling=top, rows=rows)
+    return dict(ceilings=tops, rows=rows)
 
 
 def show(name, r):
@@ -270,9 +274,10 @@ def main():
                         help="as for generate.py (default: lite.json's, else 0.9)")
     parser.add_argument("--exits", type=lambda s: [int(x) for x in s.split(",")])
     parser.add_argument("--shortlist", type=int)
-    parser.add_argument("--force", type=int, nargs="*", default=[], metavar="N", help="also leave always at these exits")
-    parser.add_argument("--verify-threshold", type=float, nargs="*", default=[0.5, 0.8], metavar="X", help="of --verify's drafts")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="only the modes with one of these in their names")
+    parser.add_argument("--force", type=int, nargs="*", default=[], metavar="N", help="also leave always after these layers (any)")
+    parser.add_argument("--verify-threshold", type=float, nargs="*", default=[0.5, 0.8], metavar="X",
+                        help="a verify mode for each (default: 0.5 0.8)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="full depth, and the modes with one of these in their names")
     parser.add_argument("--draft", type=int, default=4, help="tokens drafted at most (default: 4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--device")
@@ -298,4 +303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
