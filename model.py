@@ -157,7 +157,7 @@ class Attention(nn.Module):
 
     def forward(self, x, pos, T, kv=None):
         """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
-        (q, k, v), R = side_by_side(x, self.joint, self.wq, self.wk, self.wv), x.size(1)
+        (k, v, q), R = side_by_side(x, self.joint, self.wk, self.wv, self.wq), x.size(1)
         k, v = self.keep(k, v, pos, kv)
         q = self.rotate(q[:, R - T:].unflatten(-1, (-1, self.head_dim)), pos + R - T).transpose(1, 2)
         S, (K, G) = k.size(2), (self.n_kv_heads, self.n_heads // self.n_kv_heads)
@@ -233,11 +233,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """For decoding, which waits for weights to be read: join wq, wk, wv and w1, w3, so that products are
+        """For decoding, which waits for weights to be read: join wk, wv, wq and w1, w3, so that products are
         few and large, and pack the larger ones.  The parameters stay (as views, where nothing packs)."""
         for block in self.layers:
             a, f = block.attention, block.feed_forward
-            for part, parts in ((a, (a.wq, a.wk, a.wv)), (f, (f.w1, f.w3))):
+            for part, parts in ((a, (a.wk, a.wv, a.wq)), (f, (f.w1, f.w3))):
                 joint = torch.cat([linear.weight for linear in parts])
                 part.joint = pack(joint)
                 if not part.joint.is_mkldnn:

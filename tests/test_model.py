@@ -200,7 +200,7 @@ def test_fused_and_packed_matrices_give_the_same_states(dtype, tolerance, monkey
         assert (want - got).abs().max() <= tolerance * want.abs().max()
     attention = fused.layers[0].attention
     if dtype == torch.float64:
-        assert attention.joint.data_ptr() == attention.wq.weight.data_ptr()      # one copy, not two
+        assert attention.joint.data_ptr() == attention.wk.weight.data_ptr()      # one copy, not two
     elif torch.backends.mkldnn.is_available():
         assert attention.joint.is_mkldnn and fused.output.packed.is_mkldnn
 
