@@ -418,7 +418,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_answers_stop_at_its_end(
 
 
 def test_a_real_model_leaves_as_the_eager_loop_says(real):
-    """At three thresholds, on a tuned real model: tokens and exits equal the naive loop's; at least three exits fire."""
+    """At three thresholds, on a tuned real model: tokens and exits equal the naive loop's; three exits fire, or all if it has fewer."""
     from data import Tokenizer, prompt_text
     from model import find_checkpoint, read_lite
     model = load_meta(real, torch.float32)
@@ -432,4 +432,4 @@ def test_a_real_model_leaves_as_the_eager_loop_says(real):
         tokens, depths = run(model, 24, rule, prompt=prompt)
         assert (tokens, depths) == Llama.of(model).early_exit(prompt, 24, rule)
         seen.update(depths[1:])
-    assert len(seen - collections.Counter({model.args.n_layers: 10 ** 9})) >= 3 and seen[model.args.n_layers] > 0, seen
+    assert len(seen - collections.Counter({model.args.n_layers: 10 ** 9})) >= min(3, len(exits)) and seen[model.args.n_layers] > 0, seen
