@@ -142,13 +142,9 @@ class Attention(nn.Module):
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     def keep(self, k, v, pos, kv=None):
-        """Turn K, split heads, and with a cache write K and V there in place and return all up to them.
-
-        k, v (B, T, K E), as wk and wv gave them at positions pos..  For tokens that pass the layer and for
-        those that skipped it alike: the only code that keeps K and V.
-        """
-        k = self.rotate(k.unflatten(-1, (-1, self.head_dim)), pos).transpose(1, 2)           # (B, K, T, E)
-        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """K, turned, and V (B, T, K, E) of positions pos..: (B, K, T, E); with a cache, written there in place
+        and returned with all before them. For tokens that pass the layer and those that skipped it alike."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if kv is None:
             return k, v
         end = pos + k.size(2)
@@ -157,10 +153,12 @@ class Attention(nn.Module):
 
     def forward(self, x, pos, T, kv=None):
         """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
-        (k, v, q), R = side_by_side(x, self.joint, self.wk, self.wv, self.wq), x.size(1)
-        k, v = self.keep(k, v, pos, kv)
-        q = self.rotate(q[:, R - T:].unflatten(-1, (-1, self.head_dim)), pos + R - T).transpose(1, 2)
-        S, (K, G) = k.size(2), (self.n_kv_heads, self.n_heads // self.n_kv_heads)
+        H, K, G = self.n_heads, self.n_kv_heads, self.n_heads // self.n_kv_heads
+        k, q, v = (y.unflatten(-1, (-1, self.head_dim)) for y in
+                   side_by_side(x, self.joint, self.wk, self.wq, self.wv))                  # (B, R, heads, E)
+        k, q = self.rotate(torch.cat((k, q), 2), pos).split([K, H], 2)
+        (k, v), q = self.keep(k, v, pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
+        S = k.size(2)
         if 1 < T == S:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)   # (B, H, T, E)
         else:                            # few rows: the G heads that share K and V are so many more of them
@@ -233,11 +231,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """For decoding, which waits for weights to be read: join wk, wv, wq and w1, w3, so that products are
+        """For decoding, which waits for weights to be read: join wk, wq, wv and w1, w3, so that products are
         few and large, and pack the larger ones.  The parameters stay (as views, where nothing packs)."""
         for block in self.layers:
             a, f = block.attention, block.feed_forward
-            for part, parts in ((a, (a.wk, a.wv, a.wq)), (f, (f.w1, f.w3))):
+            for part, parts in ((a, (a.wk, a.wq, a.wv)), (f, (f.w1, f.w3))):
                 joint = torch.cat([linear.weight for linear in parts])
                 part.joint = pack(joint)
                 if not part.joint.is_mkldnn:

@@ -42,8 +42,8 @@ class Eager(Decoder):
         h, n, _, logits = self.climb(token, pos, self.thresholds)
         for block, kv in zip(self.model.layers[n:], self.cache[n:]):
             a = block.attention
-            k, v = M.product(block.attention_norm(h), self.wkv(a)).chunk(2, -1)
-            a.keep(k, v, pos, kv)
+            k, v = (y.unflatten(-1, (-1, a.head_dim)) for y in M.product(block.attention_norm(h), self.wkv(a)).chunk(2, -1))
+            a.keep(a.rotate(k, pos), v, pos, kv)
         return [(self.choose(h, logits), n)]
 
     @staticmethod
