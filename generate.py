@@ -268,22 +268,25 @@ def summary(answers, n_layers):
             f"{(len(depths) - len(answers)) / decode:.0f} tokens/s")
 
 
-def main():
-    """Answer the prompts: streamed and tinted, or as JSON."""
+def parse_args():
+    """The flags."""
     parser = Parser(__doc__)
     parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
     parser.add("--data", help="take the prompts from these files")
     parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
-    parser.add("--verify", action="store_true", help="lossless: exits draft, the last layer decides; output "
-               "as at full depth, greedy or sampled")
-    parser.add("--draft", 4, type=number(int, 1), metavar="N", help="tokens drafted at most between two "
-               "verifications; an unsure one ends a draft sooner")
+    parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
+    parser.add("--draft", 4, type=number(int, 1), metavar="N", help="drafted at most, if no doubt ends it")
     for flag in ("--limit", "--exits", "--threshold", "--shortlist", "--dtype", "--device", "--json"):
         parser.add(flag)
     for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
         parser.add(flag, default)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """Answer the prompts: streamed and tinted, or as JSON."""
+    args = parse_args()
     examples = [dict(instruction=p, input="") for p in args.prompt]
     examples += [e for path in args.data or [] for e in read_examples(path)]
     if not examples and args.raw is None:
@@ -300,8 +303,7 @@ def main():
                     eos=tokenizer.eos, frequent=frequent_tokens(args, lite), verify=args.verify,
                     draft=args.draft, temperature=args.temperature, top_p=args.top_p, rng=rng)
     if args.json:
-        answers = [reply(ids) for _, ids in prompts]
-        for a in answers:
+        for a in [reply(ids) for _, ids in prompts]:
             print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
         return

@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     def keep(self, k, v, pos, kv=None):
-        """K, turned, and V (B, T, K, E) of positions pos..: (B, K, T, E); with a cache, written there in place
+        """K, turned, and V (B, T, K, E) of positions pos.. as (B, K, T, E); with a cache, put there in place
         and returned with all before them. For tokens that pass the layer and those that skipped it alike."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if kv is None:
@@ -154,8 +154,8 @@ class Attention(nn.Module):
     def forward(self, x, pos, T, kv=None):
         """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
         H, K, G = self.n_heads, self.n_kv_heads, self.n_heads // self.n_kv_heads
-        k, q, v = (y.unflatten(-1, (-1, self.head_dim)) for y in
-                   side_by_side(x, self.joint, self.wk, self.wq, self.wv))                  # (B, R, heads, E)
+        parts = side_by_side(x, self.joint, self.wk, self.wq, self.wv)
+        k, q, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)               # (B, R, heads, E)
         k, q = self.rotate(torch.cat((k, q), 2), pos).split([K, H], 2)
         (k, v), q = self.keep(k, v, pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
         S = k.size(2)
@@ -370,13 +370,6 @@ def read_shards(folder):
     return shards
 
 
-def merge(key, parts):
-    """One weight from its shards: split by columns where its input was, else by rows; norms are not split."""
-    if len(parts) == 1 or parts[0].dim() == 1:
-        return parts[0]
-    return torch.cat(parts, dim=int(key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))))
-
-
 def load_meta(folder, dtype=None, device="cpu"):
     """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError."""
     folder = find_checkpoint(folder)
@@ -390,7 +383,9 @@ def load_meta(folder, dtype=None, device="cpu"):
         names = ", ".join(f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4])
         raise InputError(f"{folder}: weights do not fit params.json: {names}, {len(odd)} in all")
     for key, w in want.items():                          # one at a time: no second copy of the whole
-        merged = merge(key, [shard.pop(key) for shard in shards])
+        parts = [shard.pop(key) for shard in shards]
+        by_columns = key.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))       # else by rows
+        merged = torch.cat(parts, int(by_columns)) if len(parts) > 1 and w.dim() > 1 else parts[0]
         if merged.shape != w.shape:
             raise InputError(f"{folder}: {key} is {tuple(merged.shape)}, params.json says {tuple(w.shape)}; "
                              "is a shard missing?")

@@ -201,13 +201,11 @@ def parse_args():
         parser.add(flag, help=f"{help} (default: {tiny}; with --ckpt: {ckpt})", **more)
 
     parser.add("--ckpt")
-    parser.add("--data", help="Alpaca-format .json or .jsonl (default: the embedded set; with --ckpt: "
-               "data/alpaca_data.json)")
+    parser.add("--data", help="Alpaca-format (default: the embedded set; with --ckpt data/alpaca_data.json)")
     parser.add("--out", "out")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--exits")
-    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses of exits "
-               "and last layer (default: all 1)")
+    parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     add("--steps", "optimizer steps; with --data, instead of --epochs", type=number(int, 1), metavar="N")
@@ -225,8 +223,7 @@ def parse_args():
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--plan", action="store_true", help="print the memory that training takes, and stop")
     parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes, for --plan")
-    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="GiB a process may need (default: "
-               "what the GPU has; with --plan 80)")
+    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="of memory (the GPU's; --plan: 80)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
     for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
@@ -410,11 +407,9 @@ def explain(e, args):
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
-    out, stop, started, device = Path(args.out), [], time.time(), model.output.weight.device
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: stop.append(number))
+    out, stop, started, device = Path(args.out), caught_signals(), time.time(), model.output.weight.device
     ddp = distribute(model, args.exits, world)
-    per_epoch, order, names = math.ceil(len(rows) / args.batch_size), None, [*args.exits, "last"]
+    per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None, mininterval=1)
     while True:
@@ -424,11 +419,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         halt = halt.item()
         due = step % args.save_every == 0 or step == args.steps
         if due and not halt:                             # whoever sent a signal may not wait
-            losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
-            check_finite(losses, step, out)
-            print(json.dumps(dict(step=step, validation=losses)), file=log)
-            note(f"step {step}: validation loss (tokens right) " + ", ".join(
-                f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip(names, losses, right)))
+            validate(model, val, args, step, log, note)
         if due or halt:
             save(out, step, model, optimizer, tokenizer, args, rank, world)
         if halt or step == args.steps:
@@ -440,15 +431,15 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
             group["lr"] = learning_rate(step, args)
         losses = gradients(ddp, rows, batch, args, rank, world).tolist()           # waits for the device
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-        check_finite([*losses, norm], step + 1, out)
+        check_finite([*losses, norm], step + 1, args)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
-        print(json.dumps(dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens,
-                              seconds=seconds)), file=log)
-        bar.set_postfix_str("loss at " + " ".join(f"{n}: {x:.2f}" for n, x in zip(names, losses)) +
-                            f", {tokens / seconds:.0f} tok/s", refresh=False)
+        books = dict(step=step, losses=losses, lr=group["lr"], norm=norm, tokens=tokens, seconds=seconds)
+        print(json.dumps(books), file=log)
+        at = " ".join(f"{n}: {x:.2f}" for n, x in zip([*args.exits, "last"], losses))
+        bar.set_postfix_str(f"loss at {at}, {tokens / seconds:.0f} tok/s", refresh=False)
         bar.update()
     bar.close()
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
@@ -456,11 +447,28 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     return halt
 
 
-def check_finite(values, step, out):
+def caught_signals():
+    """A list that Ctrl-C and SIGTERM, from now on, add their numbers to."""
+    caught = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: caught.append(number))
+    return caught
+
+
+def validate(model, val, args, step, log, note):
+    """Tell and log the loss of every exit on the held-out rows."""
+    losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
+    check_finite(losses, step, args)
+    print(json.dumps(dict(step=step, validation=losses)), file=log)
+    note(f"step {step}: validation loss (tokens right) " + ", ".join(
+        f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip([*args.exits, "last"], losses, right)))
+
+
+def check_finite(values, step, args):
     """Stop the run, on all ranks alike, if a loss or the gradient's norm is not a number any more."""
     if not math.isfinite(sum(values)):
-        raise InputError(f"step {step}: loss or gradient is not finite ({values}). {out}/latest is the last "
-                         "good save: train from it with --ckpt, a smaller --lr and another --out")
+        raise InputError(f"step {step}: loss or gradient is not finite ({values}). {args.out}/latest is the "
+                         "last good save: train from it with --ckpt, a smaller --lr and another --out")
 
 
 def open_log(path, step):
