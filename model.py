@@ -193,10 +193,8 @@ class Block(nn.Module):
 
     def forward(self, h, pos=0, kv=None, debt=None):
         """h (B, T, D) at positions pos.. through the layer; kv (2, B, K, S, E) is the layer's cache, if any.
-
         debt (B, P, D): the states of the P positions before pos, which skipped this layer.  Their K and V are
-        made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv.
-        """
+        made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv."""
         rows = h if debt is None else torch.cat((debt, h), 1)
         h = h + self.attention(self.attention_norm(rows), pos - rows.size(1) + h.size(1), h.size(1), kv)
         return h + self.feed_forward(self.ffn_norm(h))
@@ -224,9 +222,7 @@ class Transformer(nn.Module):
 
     def logits(self, h, rows=None):
         """output(norm(h)): (..., D) -> (..., V) in fp32 or wider: one head for all exits and the end.
-
-        rows (N, D): use these rows of the output matrix in place of all V, for (..., N).
-        """
+        rows (N, D): use these rows of the output matrix in place of all V, for (..., N)."""
         return wide(self.output(self.norm(h)) if rows is None else product(self.norm(h), rows))
 
     @torch.no_grad()
@@ -262,11 +258,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens, labels=None, exits=()):
         """Without labels: logits (B, T, V).  With labels (B, T), the next tokens or IGNORE: losses (X+1,).
-
         Each loss is a *sum* over the labelled positions: only the caller knows their count over all ranks and
         micro-batches.  Only they meet the head, LOGIT_ROWS at a time, and their logits are made again in the
-        backward pass (checkpoint): one exit's (LOGIT_ROWS, V) is alive at a time, not X+1 of (N, V).
-        """
+        backward pass (checkpoint): one exit's (LOGIT_ROWS, V) is alive at a time, not X+1 of (N, V)."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
         labels = labels.flatten()
@@ -289,12 +283,12 @@ def lite_loss(losses, weights):
 def read_json(path):
     """The JSON object in a file, or an InputError that says what is wrong with it."""
     try:
-        value = json.loads(Path(path).read_text())
+        if isinstance(value := json.loads(Path(path).read_text()), dict):
+            return value
+        why = f"a {type(value).__name__}"
     except (OSError, ValueError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e}); restore the original") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
+        why = e
+    raise InputError(f"{path}: not readable as a JSON object ({why}); restore the original")
 
 
 def find_checkpoint(folder):
@@ -325,18 +319,17 @@ def read_lite(folder):
 
 def read_args(folder):
     """ModelArgs from params.json (and the context length from lite.json), each value checked."""
-    path, known = Path(folder) / "params.json", {f.name: f for f in fields(ModelArgs)}
+    path, known = Path(folder) / "params.json", {f.name: f.type | int for f in fields(ModelArgs)}
     params = read_json(path)
     odd = [f"{k} is unknown" for k in params if k not in known]
     if odd := odd + [f"{k} is missing" for k in ("dim", "n_layers", "n_heads") if k not in params]:
         raise InputError(f"{path}: {', '.join(odd)}; LLaMA-2 has {', '.join(known)}")
     params["max_seq_len"] = read_lite(folder).get("max_seq_len", ModelArgs.max_seq_len)
-    for name, value in params.items():
-        kind = known[name].type | int                    # an integer will do for a float, true will not
-        if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, kind)
+    for name, value in params.items():                   # an integer will do for a float, true will not
+        if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, known[name])
                                                     or value is not None and value <= 0):
             raise InputError(f"{path}: {name} is {value!r}, expected a positive "
-                             f"{'integer' if kind in (int, int | None) else 'number'}")
+                             f"{'integer' if known[name] in (int, int | None) else 'number'}")
     a = ModelArgs(**params)
     if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
         raise InputError(f"{path}: dim {a.dim} does not divide into n_heads {a.n_heads} of an even "
@@ -347,33 +340,24 @@ def read_args(folder):
 def load_tensors(path):
     """What torch.save wrote to path, memory-mapped. weights_only: code in a pickle is refused, not run."""
     try:
-        if path.open("rb").read(2) != b"PK":
-            raise pickle.UnpicklingError
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused, it holds more than tensors (pickles can run code)") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
-        raise InputError(f"{path}: not readable ({str(e)[:80]}); is the download complete?") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        raise InputError(f"{path}: refused ({str(e).split('. ')[0][:80]}); expected tensors alone (a pickle "
+                         "can run code), as torch.save writes them; is the download complete?") from None
 
 
-def read_shards(folder):
-    """Meta's state dicts, memory-mapped: one, or one of each model-parallel process that trained."""
-    paths = sorted(Path(folder).glob("consolidated.*.pth"))
-    if not paths:
-        raise InputError(f"{folder}: no weights; expected consolidated.00.pth")
-    if paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
-        raise InputError(f"{folder}: {paths[-1].name} but {len(paths)} shard(s) in all: fetch the rest")
+def load_meta(folder, dtype=None, device="cpu"):
+    """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError.
+    The weights are one shard, or one of each model-parallel process that trained; they are memory-mapped."""
+    folder = find_checkpoint(folder)
+    args, paths, weights = read_args(folder), sorted(folder.glob("consolidated.*.pth")), {}
+    if not paths or paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
+        raise InputError(f"{folder}: found {', '.join(p.name for p in paths) or 'no weights'}; expected "
+                         "consolidated.00.pth and all shards after it")
     shards = [load_tensors(path) for path in paths]
     for path, s in zip(paths, shards):
         if not isinstance(s, dict) or {type(w) for w in s.values()} != {torch.Tensor}:
             raise InputError(f"{path}: not a dictionary of tensors")
-    return shards
-
-
-def load_meta(folder, dtype=None, device="cpu"):
-    """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError."""
-    folder = find_checkpoint(folder)
-    args, shards, weights = read_args(folder), read_shards(folder), {}
     if args.vocab_size == -1:                            # no embeddings: no rows; the check below names them
         args.vocab_size = len(shards[0].get("tok_embeddings.weight", ()))
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
