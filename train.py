@@ -41,23 +41,25 @@ GIB = 2 ** 30
 SHORTLIST = 2048                       # frequent tokens kept in lite.json, for cheap exit checks
 MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}     # may differ on --resume
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
-# The two recipes: from nothing on the embedded set, and Stanford Alpaca's for LLaMA-2-7B.
-RECIPES = {
-    "tiny": dict(steps=2800, epochs=1, batch_size=32, micro_batch_size=32, lr=3e-3, weight_decay=0.1,
-                 max_len=64, dtype="float32", val=512, window=1),
-    "ckpt": dict(steps=None, epochs=3, batch_size=128, micro_batch_size=4, lr=2e-5, weight_decay=0.0,
-                 max_len=512, dtype="bfloat16", val=200, window=16)}
+RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
+    "steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
+    "epochs": (1, 3, number(float, 0.001, 1000), "passes over --data"),
+    "batch_size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
+    "micro_batch_size": (32, 4, number(int, 1), "sequences per rank and pass"),
+    "lr": (3e-3, 2e-5, number(float, 0), "peak learning rate"),
+    "weight_decay": (0.1, 0.0, number(float, 0), "of AdamW, on matrices"),
+    "max_len": (64, 512, number(int, 2), "tokens an example may have; longer responses are cut"),
+    "dtype": ("float32", "bfloat16", str, "of weights and gradients; the optimizer keeps fp32 copies"),
+    "val": (512, 200, number(int, 1), "examples held out for the validation loss")}
 
 
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW on fp32 master weights, which live beside the moments in the optimizer's state.
-
     A bf16 weight keeps 8 bits: at lr 2e-5 most updates are smaller than half its last one and would be lost.
-    The master of an fp32 (or wider) weight is the weight itself.
-    """
+    The master of an fp32 (or wider) weight is the weight itself."""
 
-    def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     def state_of(self, p):
         """master, m and v of p (its shape; fp32 or wider) and the number of steps it has made."""
@@ -68,23 +70,18 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of every weight that has a gradient."""
         for group in self.param_groups:
-            (beta1, beta2), rest = group["betas"], {key: group[key] for key in ("lr", "weight_decay", "eps")}
-            for p in group["params"]:                    # one by one: one fp32 gradient at a time
-                if p.grad is not None:
-                    master, m, v, steps = self.state_of(p).values()
-                    adamw([master], [wide(p.grad)], [m], [v], [], [steps], fused=True, amsgrad=False,
-                          maximize=False, beta1=beta1, beta2=beta2, **rest)
-                    p.copy_(master)
+            lr, decay = group["lr"], group["weight_decay"]
+            for p in (p for p in group["params"] if p.grad is not None):         # one fp32 gradient at a time
+                master, m, v, steps = self.state_of(p).values()
+                adamw([master], [wide(p.grad)], [m], [v], [], [steps], fused=True, amsgrad=False,
+                      maximize=False, beta1=0.9, beta2=0.95, lr=lr, weight_decay=decay, eps=1e-8)
+                p.copy_(master)
 
 
 def optimizer_for(model, args, world=1):
-    """AdamW that decays matrices, not norms.
-
-    On several ranks ZeRO, stage 1: each keeps the state of its share of the parameters (whole ones, the
-    largest dealt out first), updates these, and sends the others their new values.
-    """
+    """AdamW that decays matrices, not norms. On several ranks ZeRO, stage 1: each keeps the state of its own
+    parameters (whole ones, the largest dealt out first), updates these, and sends the others their values."""
     matrices, norms = ([p for p in model.parameters() if (p.dim() > 1) == m] for m in (True, False))
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=norms)]
     return (AdamW(groups, lr=args.lr) if world == 1 else
@@ -123,10 +120,8 @@ def learning_rate(step, args):
 
 def distribute(model, exits, world):
     """The model in DDP, where p.grad is a view of the bucket that is summed over the ranks: it exists once.
-
     DDP lays its buckets out anew after its first backward pass.  Here that is one without weight: else the
-    first step would hold two sets of gradients, and that of a resumed run would round unlike any other.
-    """
+    first step would hold two sets of gradients, and that of a resumed run would round unlike any other."""
     if world == 1:
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -137,13 +132,10 @@ def distribute(model, exits, world):
 
 def gradients(model, rows, batch, args, rank=0, world=1):
     """Run a global batch forward and backward. Returns the mean loss of each exit and the last layer, (X+1,).
-
     It is one mean over all response tokens of the batch, however this is cut into ranks and micro-batches:
     each part adds its sum / count.  DDP averages gradients over the ranks, hence `* world`, and at every
-    micro-batch, on purpose: under no_sync the gradients would leave the buckets, and exist twice.
-    """
-    count = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch))
-    total = 0
+    micro-batch, on purpose: under no_sync the gradients would leave the buckets, and exist twice."""
+    count, total = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch)), 0
     for part in share(batch, rank, world, args.micro_batch_size):
         losses = model(*collate([rows[i] for i in part], next(model.parameters()).device), args.exits)
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
@@ -155,16 +147,14 @@ def gradients(model, rows, batch, args, rank=0, world=1):
 
 def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     """Write out/step-N whole or not at all, let out/latest point to it, keep the one before.
-
     Every rank writes its part of the optimizer's state, rank 0 the rest, under a temporary name; when all
-    have, rank 0 renames the folder.  Killed at any moment, this leaves an out/ that resumes.
-    """
+    have, rank 0 renames the folder.  Killed at any moment, this leaves an out/ that resumes."""
     folder, tmp = out / f"step-{step}", out / f".step-{step}.tmp"
     link, latest, wait = out / ".latest.tmp", out / "latest", dist.barrier if world > 1 else lambda: None
-    if latest.is_symlink() and latest.readlink().name == folder.name:
+    last = latest.readlink().name if latest.is_symlink() else ""
+    if last == folder.name:
         return                                           # a resumed run is where it was
     if rank == 0:
-        last = latest.readlink().name if latest.is_symlink() else ""
         for old in out.iterdir():                        # older saves, and what a killed process left
             if re.fullmatch(r"step-\d+|\..*\.tmp", old.name) and old.name != last:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
@@ -177,8 +167,7 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         raise InputError(f"--out {out}: rank {rank} does not see what rank 0 wrote; machines must share it")
     torch.save(optimizer_state(model, optimizer), tmp / f"optimizer.{rank:02d}.pt")
     if rank == 0:
-        lite = dict(exits=args.exits, weights=args.weights, shortlist=args.shortlist)
-        save_meta(tmp, model, tokenizer, lite)
+        save_meta(tmp, model, tokenizer, {key: vars(args)[key] for key in ("exits", "weights", "shortlist")})
         (tmp / "trainer.json").write_text(json.dumps(dict(step=step, args=settings(args))) + "\n")
     wait()
     if rank == 0:
@@ -195,28 +184,16 @@ def settings(args):
 def parse_args():
     """The run's settings; None where the recipe decides, or the run that is resumed."""
     parser = Parser(__doc__)
-
-    def add(flag, help, **more):
-        tiny, ckpt = (RECIPES[name][flag[2:].replace("-", "_")] for name in ("tiny", "ckpt"))
-        parser.add(flag, help=f"{help} (default: {tiny}; with --ckpt: {ckpt})", **more)
-
-    parser.add("--ckpt")
+    parser.add("--ckpt", help="Meta-format folder or train.py's output to tune (default: a tiny new model)")
     parser.add("--data", help="Alpaca-format (default: the embedded set; with --ckpt data/alpaca_data.json)")
-    parser.add("--out", "out")
+    parser.add("--out", "out", metavar="DIR", help="folder to write the run to")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add("--exits")
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
-    add("--steps", "optimizer steps; with --data, instead of --epochs", type=number(int, 1), metavar="N")
-    add("--epochs", "passes over --data", type=number(float, 0.001, 1000), metavar="N")
-    add("--batch-size", "sequences per step, over all ranks", type=number(int, 1), metavar="N")
-    add("--micro-batch-size", "sequences per rank and pass", type=number(int, 1), metavar="N")
-    add("--lr", "peak learning rate", type=number(float, 0), metavar="X")
-    add("--weight-decay", "of AdamW, on matrices", type=number(float, 0), metavar="X")
-    add("--max-len", "tokens an example may have; longer responses are cut")
-    add("--dtype", "of weights and gradients; the optimizer keeps fp32 copies")
-    add("--val", "examples held out for the validation loss", type=number(int, 1), metavar="N")
+    for key, (tiny, ckpt, kind, meaning) in RECIPES.items():
+        defaults = f"(default: {tiny}; with --ckpt: {ckpt})"
+        parser.add("--" + key.replace("_", "-"), type=kind, help=f"{meaning} {defaults}")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
@@ -225,7 +202,7 @@ def parse_args():
     parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes, for --plan")
     parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="of memory (the GPU's; --plan: 80)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
-    for flag, default in (("--limit", None), ("--seed", 0), ("--device", None)):
+    for flag, default in (("--exits", None), ("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
     return parser.parse_args()
 
@@ -237,9 +214,10 @@ def resolve(args):
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
         if not args.plan and (out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*"))):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
-        for key, value in RECIPES["ckpt" if args.ckpt else "tiny"].items():
-            if getattr(args, key, None) is None and not (key == "steps" and args.epochs and args.data):
-                setattr(args, key, value)
+        for key, (tiny, ckpt, *_) in RECIPES.items():
+            if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
+                setattr(args, key, ckpt if args.ckpt else tiny)
+        args.window = 16 if args.ckpt else 1             # batches whose rows are sorted by length
         return None
     path = find_checkpoint(out) / "trainer.json"
     if not path.exists():
@@ -291,10 +269,8 @@ def kept(f, x):
 
 def plan(shape, args, world):
     """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their sum.
-
     On the meta device tensors have shapes alone, so nothing is allocated.  Taken for granted is that all
-    sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices.
-    """
+    sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices."""
     dtype = getattr(torch, args.dtype)
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
@@ -323,10 +299,9 @@ def plan(shape, args, world):
 def fit(shape, args, world, device, note):
     """Tell the plan; InputError if it is more than the card has: --card-gb, or the GPU's own (--plan: 80)."""
     card = GIB * (args.card_gb or 80 * bool(args.plan))
-    if device.type == "cuda":
-        card = card or torch.cuda.get_device_properties(device).total_memory
-    if not card:
-        return                                           # a CPU
+    if not card and device.type == "cpu":
+        return
+    card = card or torch.cuda.get_device_properties(device).total_memory
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
     parts = plan(shape, args, world)
     note("GiB per card, at most:")
@@ -407,7 +382,9 @@ def explain(e, args):
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
-    out, stop, started, device = Path(args.out), caught_signals(), time.time(), model.output.weight.device
+    out, stop, started, device = Path(args.out), [], time.time(), model.output.weight.device
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: stop.append(number))
     ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
@@ -445,14 +422,6 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
          f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
     return halt
-
-
-def caught_signals():
-    """A list that Ctrl-C and SIGTERM, from now on, add their numbers to."""
-    caught = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: caught.append(number))
-    return caught
 
 
 def validate(model, val, args, step, log, note):
