@@ -15,10 +15,12 @@ import random
 import re
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import sentencepiece
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import IGNORE, InputError
@@ -27,22 +29,18 @@ from model import IGNORE, InputError
 def number(kind, low, high=math.inf, many=False):
     """An argparse type: an int or float from low to high, or a list of them that was separated by commas."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             values = [kind(x) for x in text.split(",")]
             if all(low <= x <= high and x < math.inf for x in values) and (many or len(values) == 1):
                 return values if many else values[0]
-        except ValueError:
-            pass
         span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
         raise argparse.ArgumentTypeError(f"{text} given; expected {span}")
     return parse
 
 
 FLAGS = {
-    "--ckpt": dict(metavar="DIR", help="folder in Meta's format (params.json, consolidated.NN.pth, "
-                   "tokenizer.model) or an output folder of train.py"),
+    "--ckpt": dict(metavar="DIR", help="Meta-format folder or train.py's output (default: out, else tiny)"),
     "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
-    "--out": dict(metavar="DIR", help="folder to write the run to"),
     "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
                     "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
     "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "
@@ -50,7 +48,7 @@ FLAGS = {
     "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, of "
                         "lite.json's, and the context's; 0: on all V (default: its check, else its list)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
-    "--max-len": dict(type=number(int, 2), metavar="N", help="tokens an example may have, response included"),
+    "--draft": dict(type=number(int, 1), metavar="N", help="tokens drafted at most, if no doubt ends it"),
     "--temperature": dict(type=number(float, 0), metavar="X", help="0: greedy; else it divides the logits"),
     "--top-p": dict(type=number(float, 1e-9, 1), metavar="X", help="share of probability to draw from"),
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
@@ -139,7 +137,6 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text, bos=False, eos=False):
-        """Text to a list of ids."""
         return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
 
     def decode(self, ids, after=()):
@@ -174,22 +171,22 @@ def read_examples(path):
     except (OSError, EOFError, UnicodeDecodeError) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
         raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
-    whole, examples = text.lstrip().startswith("["), []
+    whole, rows, examples = text.lstrip().startswith("["), [], []
     pieces = [(1, text)] if whole else [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
-    for line, piece in pieces:
-        try:
-            rows = json.loads(piece)
-        except ValueError as e:
-            raise InputError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg}); expected a list of "
-                             "objects, or one object a line") from None
-        for n, row in enumerate(rows if whole else [rows], 1):
-            try:
-                examples.append(read_row(row))
-            except (TypeError, KeyError, IndexError):
-                found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                where = f"entry {n}" if whole else f"line {line}"
-                raise InputError(f"{path}, {where}: found {found}; expected Alpaca's instruction, input, "
-                                 "output (strings), or a test set's keys") from None
+    try:
+        for line, piece in pieces:
+            rows += json.loads(piece) if whole else [json.loads(piece)]
+    except ValueError as e:
+        raise InputError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg}); expected a list of "
+                         "objects, or one object a line") from None
+    try:
+        for n, row in enumerate(rows):
+            examples.append(read_row(row))
+    except (AttributeError, TypeError, KeyError, IndexError):
+        where = f"entry {n + 1}" if whole else f"line {pieces[n][0]}"
+        found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise InputError(f"{path}, {where}: found {found}; expected Alpaca's instruction, input, output "
+                         "(strings), or a test set's keys") from None
     if not examples:
         raise InputError(f"{path}: empty; expected at least one example")
     return examples
@@ -201,9 +198,7 @@ def embedded(n, split="train"):
 
 
 def read_row(row):
-    """The example in one record; TypeError, KeyError or IndexError if it has no known format."""
-    if not isinstance(row, dict):
-        raise TypeError
+    """The example in one record; an AttributeError, TypeError, KeyError or IndexError if it is not one."""
     read = next((f for keys, f in READERS.items() if row.keys() >= set(keys)), None)
     example = dict(zip(("instruction", "input", "output", "group"), read(row)))
     if not all(isinstance(v, str) for k, v in example.items() if (k, v) != ("output", None)):
@@ -256,10 +251,8 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
 
 def batches(rows, batch_size, seed, epoch, window):
     """One epoch: every row's index once, in batches of rows of like length, in seeded order.
-
     Rows are shuffled, sorted by length within windows of `window` batches (1: as they come), and the batches
-    shuffled again.  A pure function of its arguments: a resumed run and any number of ranks see the same.
-    """
+    shuffled again.  A pure function of its arguments: a resumed run and any number of ranks see the same."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     span = batch_size * window
@@ -279,18 +272,15 @@ def share(batch, rank, world, micro):
 def collate(rows, device="cpu"):
     """tokens and labels (B, T): the next token in a response, else IGNORE. No rows: a token without label."""
     rows = rows or [([0, 0], 2)]
-    tokens = torch.zeros(len(rows), max(len(ids) for ids, _ in rows) - 1, dtype=torch.long)
-    labels = torch.full_like(tokens, IGNORE)
-    for t, l, (ids, n_prompt) in zip(tokens, labels, rows):
-        t[:len(ids) - 1] = torch.tensor(ids[:-1])
-        l[n_prompt - 1:len(ids) - 1] = torch.tensor(ids[n_prompt:])
+    tokens = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in rows], batch_first=True)
+    labels = [torch.tensor([IGNORE] * (n_prompt - 1) + ids[n_prompt:]) for ids, n_prompt in rows]
+    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
     return tokens.to(device), labels.to(device)
 
 
 def main():
-    """Fetch the data."""
     parser = Parser(__doc__)
-    parser.add("--out", "data", help="folder to fetch into")
+    parser.add("--out", "data", metavar="DIR", help="folder to fetch into")
     parser.add("--base", "https://raw.githubusercontent.com", metavar="URL", help="GitHub, or a mirror")
     args = parser.parse_args()
     for name, place in SOURCES.items():
