@@ -21,8 +21,7 @@ from types import SimpleNamespace
 
 import torch
 
-from data import (TINY_FOLDER, Parser, Tokenizer, embedded, number, pick_device, prompt_text, read_examples,
-                  run)
+from data import TINY_FOLDER, Parser, Tokenizer, embedded, pick_device, prompt_text, read_examples, run
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
 
 
@@ -42,10 +41,8 @@ def distribution(logits, temperature=0.0, top_p=1.0):
 
 class Shortlist:
     """The tokens an exit chooses among: some frequent ones and those of the context, each once.
-
     The whole head at every exit would cost more than early exit saves.  Their rows of the output matrix are
-    gathered once and lie side by side: a check is one small product.  Without frequent ones, it is all V.
-    """
+    gathered once and lie side by side: a check is one small product.  Without frequent ones, it is all V."""
 
     def __init__(self, model, frequent, room):
         self.output, self.known, self.rows = model.output.weight, set(), None        # rows None: all V
@@ -108,11 +105,9 @@ class Decoder:
 
     def exit_early(self, token, pos):
         """LITE: the token after the one at pos, from the first sure exit: [(token, layers run)].
-
         Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from..pos-1, and
         makes them from those tokens' exit states when a token next comes by, in the same matrix product.  It
-        always owes the latest positions, so a number per layer keeps the account; unvisited, it never pays.
-        """
+        always owes the latest positions, so a number per layer is the account; unvisited, it never pays."""
         def debt(layer):
             owed, self.debt_from[layer] = self.debt_from[layer], pos + 1
             return self.left[:, owed:pos] if owed < pos else None
@@ -123,13 +118,11 @@ class Decoder:
 
     def verify(self, token, pos):
         """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
-
         The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
         one is unsure.  So layers up to n have seen every row, and from there all rows go through those above
         together.  (Had a row gone above n alone, it would have missed its predecessors' K and V there.)
         What is rejected lies beyond the new pos in the cache, and is overwritten.  The rule for sampling:
-        Leviathan et al., Chen et al. (2023); greedy is its special case.
-        """
+        Leviathan et al., Chen et al. (2023); greedy is its special case."""
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
         rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
         while sure > self.thresholds.get(n, 1) and len(drafts) < longest:
@@ -152,13 +145,10 @@ class Decoder:
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=False, decoder=Decoder, **how):
     """Yield (token, layers run) until eos, which is yielded too, or max_new_tokens.
-
     prompt is a list of ids, thresholds a dict {exit layer: threshold}: empty, or all 1, is ordinary LLaMA.
-    verify: output as at full depth, whatever the exits are.  For `how`, see Decoder.
-    """
+    verify: output as at full depth, whatever the exits are.  For `how`, see Decoder."""
     if not all(isinstance(token, int) for token in prompt):
-        raise InputError("expected one prompt, a list of int ids, found a batch or a tensor; exits are per "
-                         "token, a batch would wait for its deepest row: use one process per prompt")
+        raise InputError("expected one prompt, a list of ints, not a batch or a tensor: exits are per token")
     pos, remaining = len(prompt) - 1, max_new_tokens     # pos: of the newest token whose successor is unknown
     thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}          # 1 never leaves: do not ask
     state = decoder(model, prompt, len(prompt) + max_new_tokens, thresholds, **how)
@@ -221,17 +211,15 @@ def frequent_tokens(args, lite):
 
 def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
-    folder, device = Path(args.ckpt or "out"), pick_device(args.device)
+    device = pick_device(args.device)
+    folder = find_checkpoint(args.ckpt or ("out" if Path("out/latest").exists() else TINY_FOLDER))
     if args.ckpt is None:
-        folder = folder if (folder / "latest").exists() else TINY_FOLDER
-        print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
-    folder = find_checkpoint(folder)
+        print(f"no --ckpt given: using {folder}/", file=sys.stderr)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     check_exits(lite.get("exits", []), model.args.n_layers)
     if max(lite.get("shortlist", []), default=0) >= model.args.vocab_size:
-        raise InputError(f"{folder}/lite.json: its shortlist has tokens beyond the model's "
-                         f"{model.args.vocab_size}; it belongs to another model: delete it")
+        raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
 
@@ -269,18 +257,14 @@ def summary(answers, n_layers):
 
 
 def parse_args():
-    """The flags."""
     parser = Parser(__doc__)
     parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
-    parser.add("--data", help="take the prompts from these files")
-    parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
-    parser.add("--draft", 4, type=number(int, 1), metavar="N", help="drafted at most, if no doubt ends it")
-    for flag in ("--limit", "--exits", "--threshold", "--shortlist", "--dtype", "--device", "--json"):
+    for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device --json".split():
         parser.add(flag)
-    for flag, default in (("--max-new-tokens", 256), ("--temperature", 0.0), ("--top-p", 1.0), ("--seed", 0)):
-        parser.add(flag, default)
+    for flag, default in dict(draft=4, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0).items():
+        parser.add("--" + flag.replace("_", "-"), default)
     return parser.parse_args()
 
 
