@@ -54,10 +54,8 @@ def agrees(model, a):
 
 def rate(hits, counts):
     """sum(hits) / sum(counts) over prompts, with its interval: [rate, low, high, n].
-
     Wilson's interval, for as many independent draws as would vary like the prompts do (the linearised
-    variance of a ratio of sums); where nothing varies, for as many as there are prompts.
-    """
+    variance of a ratio of sums); where nothing varies, for as many as there are prompts."""
     pairs = [(h, c) for h, c in zip(hits, counts) if c]
     n, g = sum(c for _, c in pairs), len(pairs)
     if not n:
@@ -72,9 +70,7 @@ def rate(hits, counts):
 
 def measure(model, tokenizer, examples, settings, frequent, max_new_tokens):
     """Generate for every example under every setting {name: (layers at most, thresholds)}: {name: [record]}.
-
-    The settings take turns, so that a change in the machine's speed hits all alike.
-    """
+    The settings take turns, so that a change in the machine's speed hits all alike."""
     records = {name: [] for name in settings}
     models = {n: first_layers(model, n) for n, _ in settings.values()}
     prompts = [check_prompt(tokenizer.encode(prompt_text(e), bos=True), model) for e in examples]
@@ -126,9 +122,8 @@ def evaluate(model, tokenizer, lite, examples, args):
                 for name, rs in records.items()}
         return {name: summarise(rs, mine["1"], L) for name, rs in mine.items()}
 
-    result["sweep"] = rows_of()
-    result["groups"] = {group: rows_of(group) for group in sorted({e["group"] for e in examples})}
-    return result
+    groups = {group: rows_of(group) for group in sorted({e["group"] for e in examples})}
+    return result | dict(sweep=rows_of(), groups=groups)
 
 
 def percent(x, interval=()):
@@ -162,14 +157,11 @@ def show(result):
 
 
 def main():
-    """Evaluate a checkpoint."""
     parser = Parser(__doc__)
-    parser.add("--ckpt", help="Meta-format folder, or an output folder of train.py (default: out, else tiny)")
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
-    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="what to compare with full "
-               "depth: each one number for all exits, or one per exit with commas")
+    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="to set against full depth")
     parser.add("--max-new-tokens", 128)
-    for flag in ("--limit", "--exits", "--shortlist", "--dtype", "--device", "--json"):
+    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device", "--json"):
         parser.add(flag)
     args = parser.parse_args()
     examples = [e for path in args.data or [] for e in read_examples(path)][:args.limit]
