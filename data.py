@@ -137,6 +137,7 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text, bos=False, eos=False):
+        """Text to a list of ids."""
         return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
 
     def decode(self, ids, after=()):

@@ -159,7 +159,8 @@ def show(result):
 def main():
     parser = Parser(__doc__)
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
-    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="to set against full depth")
+    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="rules to set against "
+               "full depth: each one number for all exits, or one per exit with commas")
     parser.add("--max-new-tokens", 128)
     for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device", "--json"):
         parser.add(flag)

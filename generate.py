@@ -211,10 +211,11 @@ def frequent_tokens(args, lite):
 
 def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
-    device = pick_device(args.device)
-    folder = find_checkpoint(args.ckpt or ("out" if Path("out/latest").exists() else TINY_FOLDER))
-    if args.ckpt is None:
-        print(f"no --ckpt given: using {folder}/", file=sys.stderr)
+    device, folder = pick_device(args.device), args.ckpt
+    if folder is None:
+        folder = Path("out") if Path("out/latest").exists() else TINY_FOLDER
+        print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
+    folder = find_checkpoint(folder)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     check_exits(lite.get("exits", []), model.args.n_layers)

@@ -382,9 +382,7 @@ def explain(e, args):
 
 def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
-    out, stop, started, device = Path(args.out), [], time.time(), model.output.weight.device
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: stop.append(number))
+    out, stop, started, device = Path(args.out), caught_signals(), time.time(), model.output.weight.device
     ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
@@ -422,6 +420,14 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
          f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
     return halt
+
+
+def caught_signals():
+    """A list that Ctrl-C and SIGTERM, from now on, add their numbers to."""
+    caught = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: caught.append(number))
+    return caught
 
 
 def validate(model, val, args, step, log, note):
