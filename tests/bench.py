@@ -160,61 +160,58 @@ def modes_of(args, model, lite):
     return {name: how | more for name, (how, more) in modes.items() if name in wanted}
 
 
-def compare(args, model, lite, prompts, eos):
-    """Meter all modes on all prompts, time them in turns, print the table; returns its rows."""
-    modes, L = modes_of(args, model, lite), model.args.n_layers
-    ways = {name: partial(decode, model, tokens=args.tokens, **how) for name, how in modes.items()}
-    seen = {name: [f(p, meter=True) for p in prompts] for name, f in ways.items()}
-    rounds = {name: [] for name in ways}
+def take_turns(args, model, ways, prompts):
+    """{name: seconds per token, round by round}, and {layout: bytes per second of a large product, likewise}."""
+    ways = {name: lambda p, f=f: f(p).seconds for name, f in ways.items()}
     if args.transformers:
         import transformers
         from reference import as_transformers
         transformers.logging.set_verbosity_error()       # it warns of the EOS that never comes
-        other = as_transformers(model)
-        rounds["transformers generate"] = []
-        theirs(other, prompts[0], args.tokens)
-    tops = {"packed": [], "as loaded": []}
+        ways["transformers generate"] = partial(theirs, as_transformers(model), tokens=args.tokens)
+        ways["transformers generate"](prompts[0])
+    rounds, ceilings, names = {name: [] for name in ways}, {"packed": [], "as loaded": []}, list(ways)
     for turn in range(args.rounds):
-        for layout, f in zip(tops, (M.pack, torch.clone)):
-            tops[layout].append(ceiling(model, f))
-        seconds = {name: 0.0 for name in rounds}
+        for layout, f in zip(ceilings, (M.pack, torch.clone)):
+            ceilings[layout].append(ceiling(model, f))
+        seconds = dict.fromkeys(ways, 0.0)
         for i, p in enumerate(prompts, turn):
-            order = list(rounds)
-            for name in order[i % len(order):] + order[:i % len(order)]:         # nobody always follows the same
-                seconds[name] += theirs(other, p, args.tokens) if name not in ways else ways[name](p).seconds
-        for name in rounds:
+            for name in names[i % len(names):] + names[:i % len(names)]:         # nobody always follows the same
+                seconds[name] += ways[name](p)
+        for name in names:
             rounds[name].append(seconds[name] / (len(prompts) * (args.tokens - 1)))
-    full = seen["full depth"]
-    for layout, measured in tops.items():
-        top = tops[layout] = statistics.median(measured)
-        could = top * len(full) * (args.tokens - 1) / sum(a.bytes for a in full)
-        print(f"one large matrix-vector product, {layout}, reads {top / 1e9:.1f} GB/s: full depth could make {could:.0f} tokens/s "
-              f"and makes {1 / statistics.median(rounds['full depth']) / could:.0%} of them")
-    print()
-    print(f"{'':<40} {'tok/s':>7} {'S':>6} {'P':>6} {'share':>6} {'layers':>7} {'agreement %':>19} {'MB/token':>9} {'GB/s':>6}")
-    rows = {}
-    for name, per_token in rounds.items():
-        s = statistics.median(f / t for f, t in zip(rounds["full depth"], per_token))
-        row = rows[name] = dict(tokens_per_second=1 / statistics.median(per_token), S=s)
+    return rounds, ceilings
+
+
+def books(runs, full, model, eos):
+    """What a mode's metered answers show: bytes, P, layers, agreement, drafts."""
+    n, L = sum(len(a.tokens) - 1 for a in runs), len(model.layers)
+    ok = [agrees(model, a)[:a.tokens.index(eos) if eos in a.tokens else None] for a in runs]         # to the first EOS
+    return dict(bytes=sum(a.bytes for a in runs) / n, P=sum(a.bytes for a in full) / sum(a.bytes for a in runs),
+                layers=sum(sum(a.exits[1:]) for a in runs) / n, agreement=rate([sum(x) for x in ok], [len(x) for x in ok]),
+                identical=sum(a.tokens == b.tokens for a, b in zip(runs, full)), drafts=sum(sum(a.drafts) for a in runs),
+                rounds=sum(len(a.drafts) for a in runs), kept=sum(n < L for a in runs for n in a.exits))
+
+
+def compare(args, model, lite, prompts, eos):
+    """Meter all modes on all prompts, time them in turns, print the table; returns its figures."""
+    ways = {name: partial(decode, model, tokens=args.tokens, **how) for name, how in modes_of(args, model, lite).items()}
+    seen = {name: [f(p, meter=True) for p in prompts] for name, f in ways.items()}
+    times, ceilings = take_turns(args, model, ways, prompts)
+    rows, full = {}, times["full depth"]
+    for name, t in times.items():
+        r = rows[name] = dict(tokens_per_second=1 / statistics.median(t), S=statistics.median(f / x for f, x in zip(full, t)))
         if name in seen:
-            runs, n = seen[name], len(prompts) * (args.tokens - 1)
-            row["bytes"] = sum(a.bytes for a in runs) / n
-            row["P"] = sum(a.bytes for a in full) / n / row["bytes"]
-            row["share"] = (s - 1) / (row["P"] - 1) if row["P"] > 1.01 else None
-            row["layers"] = sum(sum(a.exits[1:]) for a in runs) / n
-            ok = [agrees(model, a)[:a.tokens.index(eos) if eos in a.tokens else None] for a in runs]     # to the first EOS
-            row["agreement"] = rate([sum(x) for x in ok], [len(x) for x in ok])
-            row["identical"] = sum(a.tokens == b.tokens for a, b in zip(runs, full))
-            row["drafts"], row["rounds"] = sum(sum(a.drafts) for a in runs), sum(len(a.drafts) for a in runs)
-            row["kept"] = sum(n < L for a in runs for n in a.exits)
-        show(name, row)
-    for name, row in rows.items():
-        if row.get("drafts"):
-            print(f"{name}: {row['drafts'] / row['rounds']:.2f} drafts a round, {row['kept'] / row['drafts']:.1%} of them kept, "
-                  f"{row['kept'] / row['rounds'] + 1:.2f} tokens a round; identical to full depth on {row['identical']} of "
-                  f"{len(prompts)} prompts")
-    explain(rows)
-    return dict(ceilings=tops, rows=rows)
+            r |= books(seen[name], seen["full depth"], model, eos)
+            r["share"] = (r["S"] - 1) / (r["P"] - 1) if r["P"] > 1.01 else None
+    for layout, measured in ceilings.items():
+        top, base = statistics.median(measured), rows["full depth"]
+        print(f"one large matrix-vector product, {layout}, reads {top / 1e9:.1f} GB/s: full depth could make "
+              f"{top / base['bytes']:.0f} tokens/s and makes {base['tokens_per_second'] * base['bytes'] / top:.0%} of them")
+    print(f"\n{'':<40} {'tok/s':>7} {'S':>6} {'P':>6} {'share':>6} {'layers':>7} {'agreement %':>19} {'MB/token':>9} {'GB/s':>6}")
+    for name, r in rows.items():
+        show(name, r)
+    explain(rows, len(prompts))
+    return dict(ceilings=ceilings, rows=rows)
 
 
 def show(name, r):
@@ -227,8 +224,12 @@ def show(name, r):
           f"{number(r['bytes'] / 1e6 if 'bytes' in r else None, '9.1f')} {number(rate_, '6.1f')}")
 
 
-def explain(rows):
-    """The differences that the table's pairs show: what deferring saves, and depth against head."""
+def explain(rows, prompts):
+    """What --verify's drafts came to, and the differences that pairs of modes show."""
+    for name, r in rows.items():
+        if r.get("drafts"):
+            print(f"{name}: {r['drafts'] / r['rounds']:.2f} drafts a round, {r['kept'] / r['drafts']:.1%} of them kept, "
+                  f"{r['kept'] / r['rounds'] + 1:.2f} tokens a round; identical to full depth on {r['identical']} of {prompts} prompts")
     for name, row in rows.items():
         if name.endswith(", eager") and name[:-7] in rows:
             lazy = rows[name[:-7]]
