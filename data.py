@@ -54,7 +54,7 @@ FLAGS = {
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
-    "--limit": dict(type=number(int, 1), metavar="N", help="use the first N examples only"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
 }
 
@@ -158,13 +158,14 @@ READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Sel
                                           r.get("group") or ""),
     ("text", "category"): lambda r: (r["text"], "", None, r["category"]),
     ("prompt",): lambda r: (r["prompt"], "", None, ""),
-    ("Instruction", "Skill"): lambda r: (r["Instruction"], "", None, f"{r['Skill']}, {r['Difficulty']}"),
+    ("Instruction", "Skill"): lambda r: (r["Instruction"], "", None, f"{r['Skill']}; difficulty {r['Difficulty']}"),
     ("instruction", "instances"): lambda r: (r["instruction"], r["instances"][0]["input"],
                                              r["instances"][0]["output"], r["motivation_app"])}
 
 
-def read_examples(path):
-    """Examples from a .json (list) or .jsonl file, in any format of READERS. An InputError names the line."""
+def read_examples(path, limit=None):
+    """Examples from a .json (list) or .jsonl file, in any format of READERS. An InputError names the line.
+    With a limit so many of them, evenly spaced, as test sets are sorted by category."""
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
@@ -190,7 +191,8 @@ def read_examples(path):
                          "(strings), or a test set's keys") from None
     if not examples:
         raise InputError(f"{path}: empty; expected at least one example")
-    return examples
+    n = min(limit or len(examples), len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]
 
 
 def embedded(n, split="train"):

@@ -26,8 +26,8 @@ from model import InputError, check_exits, default_exits, find_checkpoint, load_
 
 
 def confidence(logits):
-    """The largest softmax probability of logits (N,), a float: exp(max - logsumexp) needs no other one."""
-    return (logits.max() - logits.logsumexp(-1)).exp().item()        # .item(): the device is waited for here
+    """The largest softmax probability of logits (..., N): exp(max - logsumexp) needs no other one. (...)"""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def distribution(logits, temperature=0.0, top_p=1.0):
@@ -47,7 +47,7 @@ class Shortlist:
     def __init__(self, model, frequent, room):
         self.output, self.known, self.rows = model.output.weight, set(), None        # rows None: all V
         self.space = self.output.new_empty((len(frequent) + room) * bool(frequent), self.output.size(1))
-        self.ids = torch.empty(len(self.space), dtype=torch.long, device=self.output.device)
+        self.ids = torch.arange(len(self.space) or len(self.output), device=self.output.device)      # of the rows
         self.add(frequent)
 
     def add(self, tokens):
@@ -95,7 +95,8 @@ class Decoder:
             h = block(h, pos, self.cache[n - 1], debt(n - 1))
             if n in thresholds:
                 logits = self.model.logits(h[0, 0], self.shortlist.rows)
-                if (sure := confidence(logits)) > thresholds[n]:     # >: 1 never leaves
+                sure = confidence(logits).item()         # here the device is waited for
+                if sure > thresholds[n]:                 # >: 1 never leaves
                     return h, n, sure, self.shortlist.spread(logits)
         return h, n, 0.0, None
 
@@ -215,7 +216,7 @@ def load_for_decoding(args):
     if folder is None:
         folder = Path("out") if Path("out/latest").exists() else TINY_FOLDER
         print(f"no --ckpt given: using {folder.name}/", file=sys.stderr)
-    folder = find_checkpoint(folder)
+    args.ckpt = folder = find_checkpoint(folder)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     check_exits(lite.get("exits", []), model.args.n_layers)
@@ -273,10 +274,10 @@ def main():
     """Answer the prompts: streamed and tinted, or as JSON."""
     args = parse_args()
     examples = [dict(instruction=p, input="") for p in args.prompt]
-    examples += [e for path in args.data or [] for e in read_examples(path)]
+    examples += [e for path in args.data or [] for e in read_examples(path, args.limit)]
     if not examples and args.raw is None:
         examples = embedded(args.limit or 6, split="test")
-    texts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples[:args.limit]]
+    texts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples]
     texts += [(args.raw, args.raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
@@ -295,6 +296,9 @@ def main():
     painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
+    if args.threshold is None and "calibration" in lite:
+        print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
+              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

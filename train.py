@@ -238,7 +238,7 @@ def load_examples(args):
     if not args.ckpt and not args.data:
         return embedded(args.steps * args.batch_size), embedded(args.val, split="test")
     paths = args.data or ["data/alpaca_data.json"]
-    examples = [e for path in paths for e in read_examples(path)][:args.limit]
+    examples = [e for path in paths for e in read_examples(path, args.limit)]
     if any(e["output"] is None for e in examples):
         raise InputError(f"{' '.join(paths)}: examples without an output; training needs Alpaca's format")
     if len(examples) <= args.val:
