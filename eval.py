@@ -1,25 +1,38 @@
-"""What early exit saves and what it costs, on data the model has not seen.
+"""The paper's evaluation: what early exit saves, on four counts, and what it costs, on data not trained on.
 
     python eval.py                                     # out/ (else tiny/) on the embedded test set
-    python eval.py --ckpt out7b --data data/vicuna.jsonl --limit 20 --threshold 0.9 0.95,0.95,0.9,0.9,0.8,0.7
+    torchrun --nproc-per-node 8 eval.py --ckpt lite7b --data data/vicuna.jsonl data/koala.jsonl --limit 20
+    python eval.py --ckpt lite7b --data alpaca_val.json --calibrate 0.98       # thresholds, for its lite.json
 
-First, teacher-forced, the loss and accuracy of every exit.  Then greedy generation at full depth, with each
---threshold, and with the first n layers alone.  *Agreement* is the share of generated positions after the
-first at which the token is the one that an exact full-depth pass over the same prefix puts first, while
-generation ran on the K and V that early exit left behind.  Intervals are 95 %, clustered by prompt: the
-tokens of a prompt are not independent.
+Every prompt is answered greedily at full depth, with each --threshold and by the first n layers alone, and an
+exact, uncached full-depth pass judges each answer.  *Agreement* is the share of generated tokens, after
+the first, that this pass puts first in their place, while generation ran on the K and V that early exit left.
+The *oracle* leaves full depth's answer at the earliest exit that would have chosen the last layer's token.
+Answers go to a .jsonl as they come: the same command again goes on where it stopped.  Their figures
+(docs/report.py) are printed and go to the .json beside it.
 """
 import copy
 import json
 import math
+import os
+import zlib
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
-from generate import answer, check_prompt, exit_rule, frequent_tokens, load_for_decoding
-from model import IGNORE, InputError
+from data import Parser, collate, embedded, number, prompt_text, read_examples, run, tokenize
+from docs.report import FULL, ORACLE, rate, report, show, table
+from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
+from model import IGNORE, InputError, wide
+
+MARGINS = (0.75, 0.5, 0.35, 0.2, 0.1, 0.0)       # calibration aims so far from the target on the way to 1
 
 
 @torch.no_grad()
@@ -45,132 +58,258 @@ def first_layers(model, n):
 
 
 @torch.inference_mode()
-def agrees(model, a):
-    """Per generated token after the first: does an exact, uncached full-depth pass put it first? Bools."""
-    ids = torch.tensor([a.prompt + a.tokens], device=model.output.weight.device)
-    *_, h = model.states(ids[:, :-1])
-    return (model.logits(h[0, len(a.prompt):]).argmax(-1) == ids[0, len(a.prompt) + 1:]).tolist()
+def judge(model, a, frequent=(), exits=()):
+    """What an exact, uncached full-depth pass says of an answer of N+1 tokens, added to it: agrees (N,), does
+    it put each token after the first in its place; loss, -log p of all; pooled (D,), its mean last state;
+    sizes (N,), how many tokens a check chose among; sure and right (X, N), what every exit would have said
+    there: its confidence, and whether its choice is the last layer's."""
+    ids, P, sizes = a.prompt + a.tokens, len(a.prompt), []
+    few = Shortlist(model, frequent, len(ids))
+    for token in ids[:-1]:
+        few.add([token])
+        sizes.append(len(few.known) if frequent else len(few.ids))
+    tokens, a.sizes, a.sure, a.right = few.ids.new_tensor(ids), sizes[P:], [], []
+    *early, last = (h[0, P - 1:] for h in model.states(tokens[None, :-1], exits))           # (N+1, D) each
+    logits = model.logits(last)
+    best, a.pooled = logits.argmax(-1), wide(last).mean(0)
+    a.agrees = (best == tokens[P:])[1:].int().tolist()
+    a.loss = F.cross_entropy(logits, tokens[P:], reduction="sum").item()
+    for h in early:
+        logits = model.logits(h[1:], few.rows)
+        unsaid = torch.arange(logits.size(1), device=h.device) >= tokens.new_tensor(a.sizes)[:, None]
+        logits = logits.masked_fill(unsaid, -math.inf)               # tokens that the text brings up later
+        a.sure.append([round(x, 6) for x in confidence(logits).tolist()])
+        a.right.append((few.ids[logits.argmax(-1)] == best[1:]).int().tolist())
+    return a
 
 
-def rate(hits, counts):
-    """sum(hits) / sum(counts) over prompts, with its interval: [rate, low, high, n].
-    Wilson's interval, for as many independent draws as would vary like the prompts do (the linearised
-    variance of a ratio of sums); where nothing varies, for as many as there are prompts."""
-    pairs = [(h, c) for h, c in zip(hits, counts) if c]
-    n, g = sum(c for _, c in pairs), len(pairs)
-    if not n:
-        return [None, None, None, 0]
-    p = sum(h for h, _ in pairs) / n
-    between = sum((h - p * c) ** 2 for h, c in pairs) / n ** 2 * g / max(1, g - 1)
-    m = min(n, p * (1 - p) / between) if between else g
-    z = 1.96
-    centre, half = p + z * z / (2 * m), z * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
-    return [p, (centre - half) / (1 + z * z / m), (centre + half) / (1 + z * z / m), n]
+def costs(model, a, exits, asks, top):
+    """What the tokens of an answer after the first cost, in layers, FLOPs and bytes of weights read, if they
+    ran through exits (N,) layers and asks (N,) checks; the whole head follows layer top.
+    w weights are 2 w FLOPs, attention to S positions 4 S H E a layer.  The K and V that a skipped layer owes
+    cost FLOPs (and so does a Q that nobody needs) if a later token visits it, but no bytes: they share that
+    token's product.  (Norms and other small things are left out, as in torch's FLOP counter.)"""
+    s, n = model.args, np.array(exits, dtype=int)
+    qkv = s.dim * (s.dim + 2 * model.layers[0].attention.wk.out_features)
+    S = len(a.prompt) + 1 + np.arange(len(n))            # with itself
+    layer = s.dim ** 2 + qkv + 3 * s.dim * s.ffn_dim
+    weights = n * layer + s.dim * (asks * np.array(a.sizes, dtype=int) + s.vocab_size * (n == top))
+    later = np.append(np.maximum.accumulate(n[:0:-1])[::-1], 0)[:len(n)]         # deepest visit after each
+    flops = 2 * weights + 2 * qkv * np.maximum(0, later - n) + 4 * S * s.dim * n
+    return dict(layers=int(n.sum()), FLOPs=int(flops.sum()),
+                bytes=int(weights.sum()) * model.output.weight.itemsize)
 
 
-def measure(model, tokenizer, examples, settings, frequent, max_new_tokens):
-    """Generate for every example under every setting {name: (layers at most, thresholds)}: {name: [record]}.
-    The settings take turns, so that a change in the machine's speed hits all alike."""
-    records = {name: [] for name in settings}
-    models = {n: first_layers(model, n) for n, _ in settings.values()}
-    prompts = [check_prompt(tokenizer.encode(prompt_text(e), bos=True), model) for e in examples]
-    for e, prompt in zip(tqdm(examples, desc="generate", unit="prompt", disable=None), prompts):
-        for name, (n, thresholds) in settings.items():
-            a = answer(models[n], prompt, max_new_tokens, thresholds, eos=tokenizer.eos, frequent=frequent)
-            text, want = tokenizer.decode(a.tokens, prompt).strip(), e["output"]
-            records[name].append(dict(exits=a.exits[1:], agrees=agrees(model, a), seconds=a.decode,
-                                      exact=None if want is None else text == want.strip()))
-    return records
+def measure(model, prompt, top, thresholds, how, exits=()):
+    """The answer of the first `top` layers under thresholds, judged, with the numbers that FIGURES sum up."""
+    a = answer(first_layers(model, top), prompt, thresholds=thresholds, **how)
+    judge(model, a, how["frequent"], exits)
+    n, full = np.array(a.exits[1:]), [model.args.n_layers] * len(a.exits[1:])
+    asks = sum(n >= exit for exit, t in thresholds.items() if t < 1)
+    a.numbers = dict(prompts=1, steps=len(n), length=len(a.tokens), agreed=sum(a.agrees), loss=a.loss,
+                     seconds=a.decode, **costs(model, a, n, asks, top))
+    a.numbers |= {f"full_{key}": x for key, x in costs(model, a, full, 0, model.args.n_layers).items()}
+    return a
 
 
-def summarise(records, full, n_layers):
-    """One row of the sweep from a setting's records and, to compare with, full depth's."""
-    depths = [n for r in records for n in r["exits"]]
-    speed, base = (sum(len(r["exits"]) for r in rs) / max(1e-9, sum(r["seconds"] for r in rs))
-                   for rs in (records, full))
-    layers = sum(depths) / max(1, len(depths))
-    row = dict(prompts=len(records), layers=layers, saved=1 - layers / n_layers, tokens_per_second=speed,
-               speedup=speed / max(base, 1e-9),
-               agreement=rate([sum(r["agrees"]) for r in records], [len(r["agrees"]) for r in records]),
-               exits={n: depths.count(n) for n in sorted(set(depths))})
-    if records[0]["exact"] is not None:
-        gaps = [r["exact"] - f["exact"] for r, f in zip(records, full)]          # paired, prompt by prompt
-        mean = sum(gaps) / len(gaps)
-        spread = math.sqrt(sum((x - mean) ** 2 for x in gaps) / max(1, len(gaps) - 1) / len(gaps))
-        row["exact"] = rate([r["exact"] for r in records], [1] * len(gaps))
-        row["exact_gap"] = [mean, 1.96 * spread]
-    return row
+def compare(model, tokenizer, name, e, prompt, settings, exits, how):
+    """An example under every setting {name: (layers at most, thresholds)}, in turns, so that a change in the
+    machine's speed hits all alike: a line of the results."""
+    runs, L = {}, model.args.n_layers
+    for setting, (top, thresholds) in settings.items():
+        a = measure(model, prompt, top, thresholds, how, exits if setting == FULL else ())
+        full, text = (a if setting == FULL else full), tokenizer.decode(a.tokens, prompt).strip()
+        exact = None if e["output"] is None else int(text == e["output"].strip())
+        runs[setting] = dict(text=text, exits=a.exits[1:], agrees=a.agrees, exact=exact, **a.numbers,
+                             similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
+    best = [next((n for n, ok in zip(exits, column) if ok), L) for column in zip(*full.right)]
+    asks = np.array(best, dtype=int) < L                 # the oracle knows where, and asks there alone
+    runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **costs(model, full, best, asks, L))
+    runs[FULL] |= dict(sure=full.sure, right=full.right)
+    return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
 
 
-def evaluate(model, tokenizer, lite, examples, args):
-    """Everything, as one dict: what --json prints and `show` lays out."""
-    L = model.args.n_layers
-    rules = {",".join(f"{x}" for x in t): exit_rule(t, args.exits, lite, L) for t in [[1], *args.threshold]}
-    if "thresholds" in lite:
-        rules["lite.json"] = exit_rule(None, args.exits, lite, L)
-    exits = list(rules["1"])
-    result = dict(settings=vars(args), n_layers=L, prompts=len(examples))
-    if all(e["output"] is not None for e in examples):
-        rows = tokenize(examples, tokenizer, model.args.max_seq_len)
-        result["teacher_forced"] = list(zip([*exits, L], *exit_losses(model, rows, exits, 8)))
-    settings = {name: (L, rule) for name, rule in rules.items()}
-    settings |= {f"first {n} layers": (n, {}) for n in exits}
-    records = measure(model, tokenizer, examples, settings, frequent_tokens(args, lite), args.max_new_tokens)
-
-    def rows_of(group=None):                             # of the table: a setting each
-        mine = {name: [r for r, e in zip(rs, examples) if group in (None, e["group"])]
-                for name, rs in records.items()}
-        return {name: summarise(rs, mine["1"], L) for name, rs in mine.items()}
-
-    groups = {group: rows_of(group) for group in sorted({e["group"] for e in examples})}
-    return result | dict(sweep=rows_of(), groups=groups)
+def read_lines(path, header):
+    """{i: line} of a results file; InputError if it is another run's. A line cut short by a kill is none."""
+    lines = []
+    for text in path.read_text().split("\n") if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    if not all("i" in line or line == header for line in lines) or lines and lines[0] != header:
+        raise InputError(f"--out {path}: holds another run, or something else; choose another file")
+    return {line["i"]: line for line in lines if "i" in line}
 
 
-def percent(x, interval=()):
-    """A share in percent, and its interval."""
-    text = "-" if x is None else f"{100 * x:.1f}"
-    return f"{text} [{', '.join(percent(y) for y in interval)}]" if interval else text
+def collect(path, header, make, size, rank, world):
+    """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
+    share, and added in one write each, so that any number of ranks may write and be killed."""
+    wait = dist.barrier if world > 1 else lambda: None
+    todo = sorted(set(range(size)) - read_lines(path, header).keys())[rank::world]
+    wait()                                               # all have read before anyone writes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        if rank == 0:
+            f.write(f"\n{json.dumps(header)}\n".encode())                # the first \n ends a broken line
+        wait()
+        for i in tqdm(todo, desc="answers", unit="prompt", disable=rank > 0 or None):
+            f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
+    wait()
+    lines = read_lines(path, header)
+    return [lines[i] for i in range(size)]
 
 
-def show(result):
-    """Lay the result out as tables."""
-    if "teacher_forced" in result:
-        print(f"\nteacher-forced\n{'exit':>6} {'loss':>8} {'accuracy %':>11}")
-        for n, loss, accuracy in result["teacher_forced"]:
-            print(f"{n:>6} {loss:>8.3f} {percent(accuracy):>11}")
-    print(f"\n{'threshold':>18} {'layers':>7} {'saved %':>8} {'agreement %':>18} "
-          f"{'exact match %':>18} {'vs full':>12} {'tok/s':>6} {'speed':>6}")
-    for name, r in result["sweep"].items():
-        agreement = percent(r["agreement"][0], r["agreement"][1:3])
-        exact = percent(r["exact"][0], r["exact"][1:3]) if "exact" in r else "-"
-        gap = "{:+.1f} ±{:.1f}".format(*(100 * x for x in r["exact_gap"])) if "exact" in r else "-"
-        print(f"{name:>18} {r['layers']:>7.2f} {percent(r['saved']):>8} {agreement:>18} "
-              f"{exact:>18} {gap:>12} {r['tokens_per_second']:>6.0f} {r['speedup']:>5.2f}x")
-    print(f"{result['prompts']} prompts; {sum(result['sweep']['1']['exits'].values())} tokens at full depth")
-    if len(result["groups"]) > 1:
-        names = "".join(f"{name:>16}" for name in result["sweep"])
-        print(f"\nexact match % / mean layers\n{'group':>16} {'n':>5}{names}")
-        for group, cells in result["groups"].items():
-            row = "".join(f"{percent(r['exact'][0]) if 'exact' in r else '-':>10} /{r['layers']:>4.1f}"
-                          for r in cells.values())
-            print(f"{group:>16} {cells['1']['prompts']:>5}{row}")
+def beyond(x, t, d, price=0.0):
+    """What each of N tokens costs once it is past exit number x, under thresholds t (X,): the weights that it
+    reads, and `price` if it leaves with another token than the last layer's."""
+    cost = np.full(len(d.ask), d.cost[-1], dtype=float)
+    for y in reversed(range(x + 1, len(t))):
+        if t[y] < 1:
+            cost = d.ask + np.where(d.sure[:, y] > t[y], d.cost[y] + price * d.wrong[:, y], cost)
+    return cost
+
+
+def best_thresholds(d, price):
+    """The thresholds (X,) that cost least if a disagreement costs `price`, as far as changing one at a time
+    goes.  For one exit it is the best of all: in order of confidence, the gain of letting the first k tokens
+    that get there leave is a running sum.  If nobody leaves, the checks are saved (t = 1)."""
+    t, before = np.ones(d.sure.shape[1]), None
+    while not np.array_equal(t, before):
+        before = t.copy()
+        for x in reversed(range(len(t))):
+            here = np.flatnonzero(~(d.sure[:, :x] > t[:x]).any(1))
+            here = here[np.argsort(-d.sure[here, x], kind="stable")]
+            sure = np.append(d.sure[here, x], 0)         # (n+1,)
+            gain = (beyond(x, t, d, price) - d.cost[x] - price * d.wrong[:, x])[here].cumsum()
+            gain[sure[1:] == sure[:-1]] = -np.inf        # who is equally sure leaves together
+            k = np.argmax([d.ask[here].sum(), *gain])
+            t[x] = (sure[k - 1] + sure[k]) / 2 if k else 1
+    return t
+
+
+def cheapest(candidates, d, agreement):
+    """The candidate thresholds that read least while at least so many tokens are the last layer's."""
+    cost = [beyond(-1, t, d) for t in candidates]
+    good = [k for k, t in enumerate(candidates) if (beyond(-1, t, d, 1) - cost[k]).mean() <= 1 - agreement]
+    return candidates[min(good, key=lambda k: cost[k].mean())] if good else np.ones(d.sure.shape[1])
+
+
+def calibrate(model, prompts, exits, how, target):
+    """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
+    each exit would have said, and certified on the rest, by generating with them.  Candidates come from safe
+    to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
+    all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
+    For comparison, the same with one threshold for all exits.  Returns what was tried: [dict]."""
+    L, tries = model.args.n_layers, []
+    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], desc="choose", disable=None)]
+    sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
+    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
+    ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
+    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=[*(n * layer for n in exits), L * layer + head])
+    paths = {"one for all": [np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 500))],
+             "one an exit": [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 100)]}
+    for kind, margin in ((kind, margin) for kind in paths for margin in MARGINS):
+        if tries and tries[-1]["kind"] == kind and not tries[-1]["certified"]:
+            continue
+        t = cheapest(paths[kind], d, target + margin * (1 - target)).tolist()
+        told = [measure(model, p, L, dict(zip(exits, t)), how).numbers
+                for p in tqdm(prompts[1::2], desc=f"certify {kind}", disable=None)]
+        total = {key: sum(a[key] for a in told) for key in told[0]}
+        agreement, bound, _, n = rate([a["agreed"] for a in told], [a["steps"] for a in told], 1.645)
+        tries.append(dict(
+            kind=kind, margin=margin, target=target, thresholds=dict(zip(exits, t)), agreement=agreement,
+            bound=bound, certified=bound >= target, prompts=len(told), tokens=n, **{
+                f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in ("layers", "FLOPs", "bytes")}))
+    return tries
+
+
+def write_thresholds(path, lite, exits, tries, how):
+    """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
+    columns = ("layers saved", "FLOPs saved", "bytes saved")
+    table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
+        "agreement", "at least", *columns, "thresholds"], {
+        f"{t['kind']}, aim {100 * (t['target'] + t['margin'] * (1 - t['target'])):.2f}": [
+            *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
+            " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
+    good = [t for t in tries if t["certified"] and t["kind"] == "one an exit"]
+    if not good:
+        raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
+                         f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps({**lite, "exits": exits, "thresholds": good[-1]["thresholds"],
+                                "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
+    part.replace(path)
+    print(f"thresholds written to {path}; generate.py without --threshold takes them")
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
+    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6]], nargs="*", help="rules to set against full "
+               "depth: each one number for all exits, or one per exit with commas")
+    parser.add("--calibrate", type=number(float, 0.5, 0.9999), metavar="X", help="choose thresholds for so "
+               "much agreement, certify them, and write them into lite.json")
+    parser.add("--out", metavar="FILE.jsonl", help="the answers (default: in results/, named by settings)")
+    parser.add("--max-new-tokens", 128)
+    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
+        parser.add(flag)
+    args = parser.parse_args()
+    if args.out and not args.out.endswith(".jsonl"):
+        raise InputError(f"--out {args.out}: expected a name in .jsonl; the figures go to .json beside it")
+    if args.calibrate and "RANK" in os.environ:
+        raise InputError("--calibrate runs in one process: start it with python, not torchrun")
+    return args
+
+
+def identity(args, work, settings):
+    """What makes a run: its settings, and a checksum of its prompts and of the checkpoint's files' dates."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted(args.ckpt.glob("*.*"))]
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "device", "calibrate")}
+    header = dict(settings=flags | dict(ckpt=str(args.ckpt)), rules=settings,
+                  crc=zlib.crc32(repr((work, files)).encode()))
+    return json.loads(json.dumps(header))                # as it will be read back
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
-    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6], [0]], nargs="*", help="rules to set against "
-               "full depth: each one number for all exits, or one per exit with commas")
-    parser.add("--max-new-tokens", 128)
-    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device", "--json"):
-        parser.add(flag)
-    args = parser.parse_args()
-    examples = [e for path in args.data or [] for e in read_examples(path)][:args.limit]
-    if len({e["output"] is None for e in examples}) > 1:
-        raise InputError("--data has examples with and without an output: evaluate them apart")
+    args, rank, world = parse_args(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
+    sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
-    result = evaluate(model, tokenizer, lite, examples or embedded(args.limit or 1000, split="test"), args)
-    print(json.dumps(result)) if args.json else show(result)
+    L = model.args.n_layers
+    rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
+    exits = list(exit_rule([1.0], args.exits, lite, L))
+    if "thresholds" in lite:
+        rules["lite.json"] = exit_rule(None, args.exits, lite, L)
+    work = [(name, e, tokenizer.encode(prompt_text(e), bos=True)) for name, e in sets]
+    work = [(name, e, prompt) for name, e, prompt in work if len(prompt) < model.args.max_seq_len]
+    if not exits or not work:
+        raise InputError(f"found {len(exits)} exits below layer {L} (--exits names some), and {len(work)} of "
+                         f"{len(sets)} prompts shorter than the context of {model.args.max_seq_len} tokens")
+    if rank == 0 and len(work) < len(sets):
+        print(f"{len(sets) - len(work)} prompts fill the context of {model.args.max_seq_len}: left out")
+    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
+    if args.calibrate:
+        tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.calibrate)
+        return write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
+    settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
+    settings |= {f"first {n} layers": (n, {}) for n in exits}
+    header = identity(args, work, settings)
+    name = (args.ckpt.parent if args.ckpt.name == "latest" else args.ckpt).resolve().name
+    path = Path(args.out or f"results/{name}-{zlib.crc32(repr(header).encode()):08x}.jsonl")
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=9))           # the slowest rank is waited for
+    make = lambda i: compare(model, tokenizer, *work[i], settings, exits, how)  # noqa: E731
+    lines = collect(path, header, make, len(work), rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    rows = [e for _, e, _ in work if e["output"] is not None]
+    rows = rows and tokenize(rows, tokenizer, model.args.max_seq_len)
+    losses = zip([*exits, L], *exit_losses(model, rows, exits, 8)) if rows else ()
+    result = header | dict(teacher_forced=list(losses), sets=report(lines, exits))
+    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    show(result)
+    print(f"answers: {path}; figures, for docs/plots.py: {path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as M  # noqa: E402
 from data import embedded, pick_device, prompt_text, read_examples, run  # noqa: E402
-from eval import agrees, rate  # noqa: E402
+from docs.report import rate  # noqa: E402
+from eval import judge  # noqa: E402
 from generate import Decoder, exit_rule, frequent_tokens, generate, load_for_decoding  # noqa: E402
 from model import Transformer, read_args  # noqa: E402
 
@@ -185,7 +186,7 @@ def take_turns(args, model, ways, prompts):
 def books(runs, full, model, eos):
     """What a mode's metered answers show: bytes, P, layers, agreement, drafts."""
     n, L = sum(len(a.tokens) - 1 for a in runs), len(model.layers)
-    ok = [agrees(model, a)[:a.tokens.index(eos) if eos in a.tokens else None] for a in runs]         # to the first EOS
+    ok = [judge(model, a).agrees[:a.tokens.index(eos) if eos in a.tokens else None] for a in runs]         # to the first EOS
     return dict(bytes=sum(a.bytes for a in runs) / n, P=sum(a.bytes for a in full) / sum(a.bytes for a in runs),
                 layers=sum(sum(a.exits[1:]) for a in runs) / n, agreement=rate([sum(x) for x in ok], [len(x) for x in ok]),
                 identical=sum(a.tokens == b.tokens for a, b in zip(runs, full)), drafts=sum(sum(a.drafts) for a in runs),

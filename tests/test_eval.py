@@ -1,21 +1,27 @@
 """eval.py: its numbers against naive counts, and the figures of the committed tiny model."""
 import json
 import random
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import data as D
 import eval as E
 import generate as G
+from docs import report as R
 from conftest import ROOT, random_model
-from model import IGNORE, load_meta, read_lite
+from model import IGNORE, InputError, load_meta, read_lite
 from reference import Llama
 import questions as Q
-
-ARGS = SimpleNamespace(max_new_tokens=40, shortlist=None)
 
 
 def test_exit_losses_equal_a_naive_count():
@@ -36,13 +42,86 @@ def test_exit_losses_equal_a_naive_count():
         assert (loss, accuracy) == (pytest.approx(total / count, rel=1e-5), pytest.approx(hits / count))
 
 
-def test_agreement_is_with_an_exact_pass_over_the_tokens_that_came_out():
-    model, prompt = random_model(dtype=torch.float64), [1, 40, 7]
-    tokens, exits = Llama.of(model).early_exit(prompt, 30, {2: 0.4, 4: 0.3})
-    want = [tokens[i] == Llama.of(model).logits(prompt + tokens[:i])[-1].argmax() for i in range(1, 30)]
-    assert E.agrees(model, SimpleNamespace(prompt=prompt, tokens=tokens)) == want and 0 < sum(want) < 29
+def test_a_judged_answer_against_naive_states():
+    """Agreement, loss, pooled state, and at each place what an exit would have said, choosing among a few tokens."""
+    model, prompt, few = random_model(dtype=torch.float64), [1, 40, 7], [3, 11, 60, 61, 62]
+    tokens, _ = Llama.of(model).early_exit(prompt, 30, {2: 0.4, 4: 0.3})
+    a = E.judge(model, SimpleNamespace(prompt=prompt, tokens=tokens), few, [2, 4])
+    ids, reference, loss, agrees, states = prompt + tokens, Llama.of(model), 0, [], []
+    for pos, token in enumerate(ids[:-1]):
+        h = reference.states(token, pos)
+        if pos < len(prompt) - 1:
+            continue
+        p = np.exp(reference.head(h[-1]))
+        loss -= np.log(p[ids[pos + 1]] / p.sum())
+        states.append(h[-1])
+        agrees.append(int(p.argmax() == ids[pos + 1]))
+        if pos >= len(prompt):
+            among, i = sorted({*few, *ids[:pos + 1]}), pos - len(prompt)
+            assert a.sizes[i] == len(among)
+            for x, n in enumerate((2, 4)):
+                q = np.exp(reference.head(h[n - 1])[among])
+                assert a.sure[x][i] == pytest.approx(q.max() / q.sum(), abs=1e-6)
+                assert a.right[x][i] == (among[q.argmax()] == p.argmax())
+    assert a.agrees == agrees[1:] and 0 < sum(a.agrees) < 29 and {0, 1} == {*a.right[0], *a.right[1]}
+    assert a.loss == pytest.approx(loss) and np.allclose(a.pooled.numpy(), np.mean(states, 0))
+    whole = E.judge(model, SimpleNamespace(prompt=prompt, tokens=tokens), (), [2])
+    assert whole.sizes == [96] * 29 and whole.agrees == a.agrees and whole.sure[0] != a.sure[0]
     full = [t for t, _ in G.generate(model, prompt, 30)]
-    assert all(E.agrees(model, SimpleNamespace(prompt=prompt, tokens=full))) and E.agrees(model, SimpleNamespace(prompt=prompt, tokens=full[:1])) == []
+    assert all(E.judge(model, SimpleNamespace(prompt=prompt, tokens=full)).agrees)
+    one = E.judge(model, SimpleNamespace(prompt=prompt, tokens=full[:1]), few, [2])
+    assert (one.agrees, one.sure, one.right, one.sizes) == ([], [[]], [[]], []) and one.loss > 0
+
+
+def test_what_an_exit_would_have_said_is_what_the_decoder_hears():
+    """A threshold between two confidences that `judge` found makes exactly the tokens above it leave."""
+    model, prompt, few = random_model(dtype=torch.float64), [1, 40, 7], list(range(20))
+    full = G.answer(model, prompt, 30, {})
+    sure = E.judge(model, full, few, [2]).sure[0]
+    first = [t for t in sorted(sure) if t < 0.99][-3]    # leaving changes what follows: hold the first to leave
+    exits = G.answer(model, prompt, 30, {2: first - 1e-5}, frequent=few).exits[1:]
+    assert exits.index(2) == next(i for i, x in enumerate(sure) if x > first - 1e-5)
+
+
+def counted(f):
+    """torch's own count of the FLOPs of f(), attention as plain matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        f()
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def test_flops_are_those_that_torch_counts():
+    """A full-depth step, a check, and a row that only owes K and V, each apart."""
+    model = random_model(n_layers=4)
+    D, kv, F = 48, 2 * (2 * 8) * 48, model.args.ffn_dim              # kv: of two heads, 8 wide
+    a = SimpleNamespace(prompt=[1] * 9, sizes=[33])
+    cost = lambda exits, asks: E.costs(model, a, exits, asks, 4)["FLOPs"]  # noqa: E731
+    cache = model.new_cache(1, 40).zero_()
+    step = counted(lambda: model.logits(list(model.states(torch.tensor([[5]]), pos=9, cache=cache))[-1]))
+    assert cost([4], 0) == pytest.approx(step, rel=0.01)
+    check = counted(lambda: model.logits(torch.ones(D), model.output.weight[:33]))
+    assert cost([4], 1) - cost([4], 0) == pytest.approx(check, rel=0.01)
+    block, h, debt = model.layers[0], torch.ones(1, 1, D), torch.ones(1, 3, D)
+    rows = [counted(lambda: block(h, 9, cache[0], d)) for d in (None, debt)]
+    assert rows[1] - rows[0] == 3 * 2 * (D * D + kv) and rows[0] == 2 * (2 * D * D + kv + 3 * D * F) + 4 * 10 * D
+
+
+@pytest.mark.parametrize("few", [(), tuple(range(30))])
+def test_costs_are_what_a_whole_generation_runs_and_reads(few):
+    """Thresholds, checks, debts paid and unpaid: torch's FLOP counter and the meter of bench.py against the formulas."""
+    model, prompt = random_model(seed=3), [1, 40, 7]
+    thresholds = {2: 0.5, 4: 0.4}
+    steps = G.generate(model, prompt, 40, thresholds, frequent=few)
+    out, books = [next(steps)], SimpleNamespace(bytes=0)
+    with bench.metered(books):
+        flops = counted(lambda: out.extend(steps))
+    a = SimpleNamespace(prompt=prompt, tokens=[t for t, _ in out])
+    n = np.array([n for _, n in out][1:])
+    assert {2, 4, 6} == set(n)
+    E.judge(model, a, few)
+    cost = E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6)
+    assert cost["bytes"] == books.bytes and cost["FLOPs"] == pytest.approx(flops, rel=0.01) and cost["layers"] == n.sum()
 
 
 def test_first_layers_are_a_model_of_that_depth():
@@ -53,14 +132,14 @@ def test_first_layers_are_a_model_of_that_depth():
 
 
 def test_rate_is_wilson_for_single_trials_and_wider_for_clusters():
-    p, low, high, n = E.rate([1] * 80 + [0] * 20, [1] * 100)
+    p, low, high, n = R.rate([1] * 80 + [0] * 20, [1] * 100)
     assert (p, n) == (0.8, 100)
     assert (low, high) == (pytest.approx(0.711, abs=2e-3), pytest.approx(0.867, abs=2e-3))      # Wilson, tabulated
-    _, low10, high10, n10 = E.rate([10] * 80 + [0] * 20, [10] * 100)            # the tokens of a prompt go together
+    _, low10, high10, n10 = R.rate([10] * 80 + [0] * 20, [10] * 100)            # the tokens of a prompt go together
     assert n10 == 1000 and (low10, high10) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
-    p, low, high, n = E.rate([10] * 50, [10] * 50)                               # nothing varies: 50 prompts, not 500 draws
+    p, low, high, n = R.rate([10] * 50, [10] * 50)                               # nothing varies: 50 prompts, not 500 draws
     assert p == high == 1 and low == pytest.approx(50 / (50 + 1.96 ** 2), rel=1e-9)
-    assert E.rate([0], [0]) == [None, None, None, 0]
+    assert R.rate([0], [0]) == [None, None, None, 0]
 
 
 def test_the_interval_has_its_coverage_when_prompts_differ():
@@ -71,20 +150,110 @@ def test_the_interval_has_its_coverage_when_prompts_differ():
             q, c = r.choice((0.6, 0.95, 1.0)), r.randint(3, 30)
             counts.append(c)
             hits.append(sum(r.random() < q for _ in range(c)))
-        _, low, high, _ = E.rate(hits, counts)
+        _, low, high, _ = R.rate(hits, counts)
         inside += low <= (0.6 + 0.95 + 1.0) / 3 <= high
     assert 0.92 <= inside / runs <= 0.98
 
 
-def test_a_row_of_the_sweep_counts_what_the_records_hold():
-    records = [dict(exits=[2, 2, 8], agrees=[True, False, True], exact=True, seconds=1.0),
-               dict(exits=[4], agrees=[True], exact=False, seconds=1.0)]
-    full = [dict(exits=[8, 8], agrees=[True] * 2, exact=True, seconds=2.0)] * 2
-    row = E.summarise(records, full, 8)
-    assert row["layers"] == 4 and row["saved"] == 0.5 and row["exits"] == {2: 2, 4: 1, 8: 1}
-    assert row["agreement"][0] == 0.75
-    assert row["tokens_per_second"] == 2 and row["speedup"] == 2 and row["exact"][0] == 0.5
-    assert row["exact_gap"][0] == -0.5
+def test_the_one_sided_bound_misses_in_one_of_twenty():
+    r, below, runs = random.Random(1), 0, 1000
+    for _ in range(runs):
+        hits, counts = [], []
+        for _ in range(80):
+            q, c = r.choice((0.9, 0.99, 1.0)), r.randint(3, 30)
+            counts.append(c)
+            hits.append(sum(r.random() < q for _ in range(c)))
+        below += R.rate(hits, counts, 1.645)[1] <= (0.9 + 0.99 + 1.0) / 3
+    assert 0.92 <= below / runs <= 0.98
+
+
+def line(exits, agrees, exact, seconds, layers, **more):
+    """A run of the results, as eval.py writes it."""
+    n = len(exits)
+    return dict(exits=exits, agrees=agrees, agreed=sum(agrees), exact=exact, seconds=seconds, prompts=1, steps=n, length=n + 1, loss=n + 1.0,
+                similarity=0.5, layers=layers, FLOPs=10, bytes=10, full_layers=8 * n, full_FLOPs=40, full_bytes=20, text="", **more)
+
+
+def test_figures_are_ratios_of_sums_over_prompts():
+    lines = [dict(set="s", group="a; b", runs={R.FULL: line([8] * 3, [1] * 3, 1, 2.0, 24, sure=[[0.95, 0.2, 1.0]], right=[[1, 0, 1]]),
+                                               "x": line([2, 2, 8], [1, 0, 1], 1, 1.0, 12), R.ORACLE: line([2] * 3, [1] * 3, 1, None, 6)}),
+             dict(set="t", group="b", runs={R.FULL: line([8], [1], 1, 2.0, 8, sure=[[0.91]], right=[[0]]),
+                                            "x": line([4], [1], 0, 1.0, 4), R.ORACLE: line([8], [1], 1, None, 8)})]
+    row = R.summarise(lines, "x")
+    want = {"layers": 4, "layers saved %": 50, "FLOPs saved %": 75, "bytes saved %": 50, "of the oracle's layers %": 50 / (1 - 14 / 32) ,
+            "tokens/s": 2, "speed": 2, "agreement %": 75, "exact match %": 50, "exact - full depth's": -50, "similarity": 0.5,
+            "perplexity": np.e, "tokens an answer": 3}
+    assert {key: row[key][0] for key in want} == pytest.approx(want) and row["exits"] == {2: 2, 4: 1, 8: 1}
+    assert all(low <= value <= high for value, low, high in (row[key] for key in want if None not in row[key]))
+    assert row["exact - full depth's"][1:] == [-100, 0]                          # both prompts drawn from two
+    out = R.report(lines, [2])
+    assert set(out) == {"s", "t", "all sets"} and set(out["s"]["groups"]) == {"a", "b"} and out["all sets"]["groups"] == {}
+    assert out["all sets"]["curve"][2][9][::4] == [pytest.approx((0.95 + 1 + 0.91) / 3), 3]
+    assert out["all sets"]["curve"][2][9][1] == pytest.approx(2 / 3) and out["all sets"]["curve"][2][2][:2] == [0.2, 0]
+    no = line([], [], None, 0.0, 0)                      # an answer of one token, and no reference: nothing to divide by
+    row = R.summarise([dict(set="s", group="", runs={R.FULL: no, "x": no, R.ORACLE: no})], "x")
+    assert row["agreement %"] == row["speed"] == row["exact match %"] == [None] * 3 and row["perplexity"][0] == pytest.approx(np.e)
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_bootstrapped_interval_has_its_coverage():
+    r, inside = random.Random(0), 0
+    for _ in range(200):
+        runs = [line([1] * n, [1] * n, 1, n * r.gauss(1, 0.2), 4 * n) for n in (r.randint(3, 30) for _ in range(60))]
+        low, high = R.summarise([dict(runs={R.FULL: run, R.ORACLE: run}) for run in runs], R.FULL)["tokens/s"][1:]
+        inside += low <= 1 <= high
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+def told(seed, n=60, exits=(2, 4), last=6):
+    """What exits said of n tokens: sure ones are right more often, and deeper ones."""
+    r = np.random.default_rng(seed)
+    sure = np.round(r.random((n, len(exits))) ** 0.5, 2)             # with ties
+    wrong = (r.random(sure.shape) > sure ** 0.3).astype(int)
+    return SimpleNamespace(sure=sure, wrong=wrong, ask=np.full(n, 10.0), cost=[100 * e for e in exits] + [100 * last + 50])
+
+
+def naive(t, d):
+    """Cost and disagreements of thresholds, token by token."""
+    cost = wrong = 0
+    for i in range(len(d.ask)):
+        for x, threshold in enumerate(t):
+            cost += d.ask[i] * (threshold < 1)
+            if d.sure[i, x] > threshold:
+                cost, wrong = cost + d.cost[x], wrong + d.wrong[i, x]
+                break
+        else:
+            cost += d.cost[-1]
+    return cost, wrong
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_thresholds_cost_least_for_every_price_of_a_disagreement(seed):
+    d = told(seed)
+    grid = [0, *np.unique(d.sure) - 0.005, 1.0]
+    for price in (10, 100, 300, 1000, 1e5):
+        value = lambda t: naive(t, d)[0] + price * naive(t, d)[1]  # noqa: E731
+        t = E.best_thresholds(d, price)
+        assert (E.beyond(-1, t, d).sum(), E.beyond(-1, t, d, 1.0).sum() - E.beyond(-1, t, d).sum()) == pytest.approx(naive(t, d))
+        for x in range(2):                               # one at a time: none is better; and one exit alone is a global best
+            assert all(value(t) <= value([*t[:x], other, *t[x + 1:]]) + 1e-6 for other in grid)
+        one = SimpleNamespace(sure=d.sure[:, :1], wrong=d.wrong[:, :1], ask=d.ask, cost=[d.cost[0], d.cost[-1]])
+        best = min(naive([t], one)[0] + price * naive([t], one)[1] for t in grid)
+        assert sum(naive(E.best_thresholds(one, price), one) * np.array([1, price])) == pytest.approx(best)
+
+
+def test_the_cheapest_that_agrees_enough():
+    d = told(0)
+    every = [np.array(t) for t in ((0, 0), (0.5, 0.5), (0.9, 0.7), (0.95, 0.95), (1, 1))]
+    shares = [1 - naive(t, d)[1] / 60 for t in every]
+    assert shares[0] < shares[-1] == 1
+    for aim in (0.5, 0.9, 0.99, 1.0):
+        want = min((naive(t, d)[0], i) for i, t in enumerate(every) if shares[i] >= aim)[1]
+        assert E.cheapest(every, d, aim) is every[want]
+    assert E.cheapest(every[:1], d, 0.99).tolist() == [1, 1]         # none: nobody leaves
 
 
 # --- the committed tiny model keeps what the README says of it ---------------------------------------------------------
@@ -116,33 +285,131 @@ def test_full_depth_answers_and_the_first_exit_alone_does_not(tiny):
     assert share[-1] >= 0.80 and share[0] <= share[-1] - 0.15, share
 
 
+def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
+    before = json.loads((folder / "lite.json").read_text())
+    call(monkeypatch, E, f"--ckpt {folder} --limit 20 --calibrate 0.999", fails="lite.json is as it was")       # too few to tell
+    assert json.loads((folder / "lite.json").read_text()) == before
+    capsys.readouterr()
+    call(monkeypatch, E, f"--ckpt {folder} --limit 240 --calibrate 0.95")
+    assert "one for all" in capsys.readouterr().out
+    lite = json.loads((folder / "lite.json").read_text())
+    found = lite["calibration"]
+    assert found["bound"] >= 0.95 <= found["agreement"] and found["layers saved"] > 0.6 and found["prompts"] == 120
+    assert lite["thresholds"] == found["thresholds"] and lite["check"] == len(before["shortlist"])
+    assert {key: lite[key] for key in before} == before
+    call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
+    said = capsys.readouterr().err
+    assert "lite.json, for 95.0% agreement" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
+    model, tokenizer = load_meta(folder, torch.float32), D.Tokenizer.load(folder)              # and on fresh questions they hold
+    how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
+    rule = {int(n): t for n, t in lite["thresholds"].items()}
+    told = [E.measure(model, tokenizer.encode(D.prompt_text(e), bos=True), 8, rule, how).numbers for e in Q.embedded(400, split="test")[240:]]
+    assert R.rate([a["agreed"] for a in told], [a["steps"] for a in told])[2] >= 0.95
+
+
+def call(monkeypatch, module, command, fails=None):
+    """Run a script's main() with a command line."""
+    monkeypatch.setattr("sys.argv", ["x.py", *command.split()])
+    if fails:
+        with pytest.raises(InputError, match=fails):
+            module.main()
+    else:
+        module.main()
+
+
+def evaluate(folder, monkeypatch, capsys, *more):
+    """eval.py on a few embedded questions: its lines, figures and output."""
+    call(monkeypatch, E, " ".join(["--ckpt", str(ROOT / "tiny"), "--limit", "6", "--threshold", "0.9", "--out", str(folder / "r.jsonl"), *more]))
+    lines = [json.loads(s) for s in (folder / "r.jsonl").read_text().splitlines() if s]
+    strict = json.loads((folder / "r.json").read_text(), parse_constant=pytest.fail)                 # no NaN
+    return lines, strict, capsys.readouterr().out
+
+
+def without_time(lines):
+    return [{name: {k: v for k, v in run.items() if k != "seconds"} for name, run in x["runs"].items()} for x in sorted(
+        (x for x in lines if "i" in x), key=lambda x: x["i"])]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir()
+    whole, figures, out = evaluate(tmp_path / "a", monkeypatch, capsys)
+    assert "teacher-forced" in out and "first 2 layers" in out and "oracle" in out and "exit 4" in out
+    assert [x["i"] for x in whole[1:]] == list(range(6)) and figures["settings"]["threshold"] == [[0.9]]
+    assert set(figures["sets"]["embedded"]["rows"]) == {"full depth", "threshold 0.9", "first 2 layers", "first 4 layers", "first 6 layers", "oracle"}
+    text, asked = (tmp_path / "a" / "r.jsonl").read_text(), []
+    (tmp_path / "r.jsonl").write_text(text[:text.index('{"i": 3') + 50])         # killed in the middle of a write
+    original = E.compare
+    monkeypatch.setattr(E, "compare", lambda *a: asked.append(a) or original(*a))
+    lines, again, _ = evaluate_broken(tmp_path, monkeypatch, capsys)
+    assert len(asked) == 3 and without_time(lines) == without_time(whole)
+    assert again["sets"]["embedded"]["rows"]["oracle"]["layers"] == figures["sets"]["embedded"]["rows"]["oracle"]["layers"]
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 6 --threshold 0.8 --out {tmp_path / 'r.jsonl'}", fails="another run")
+
+
+def evaluate_broken(folder, monkeypatch, capsys):
+    """The same where the file may hold a broken line."""
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 6 --threshold 0.9 --out {folder / 'r.jsonl'}")
+    lines = []
+    for s in (folder / "r.jsonl").read_text().splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(s))
+    return lines, json.loads((folder / "r.json").read_text()), capsys.readouterr().out
+
+
+def test_two_processes_share_the_prompts(tmp_path, monkeypatch, capsys):
+    lines, _, _ = evaluate(tmp_path, monkeypatch, capsys)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "eval.py"), "--ckpt", str(ROOT / "tiny"),
+               "--limit", "6", "--threshold", "0.9", "--out", str(tmp_path / "two.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("teacher-forced") == 1, done.stderr
+    both = [json.loads(s) for s in (tmp_path / "two.jsonl").read_text().splitlines() if s]
+    assert {x["i"] for x in both[1:]} == set(range(6))
+    for one, two in zip(without_time(lines), without_time(both)):
+        assert one.keys() == two.keys() and all(one[k]["exits"] == two[k]["exits"] and one[k]["text"] == two[k]["text"] for k in one)
+
+
+def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
+    (tmp_path / "v.jsonl").write_text('{"text": "Sort d a.", "category": "generic"}\n{"text": "Say hen.", "category": "other"}')
+    (tmp_path / "w.jsonl").write_text('{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Say 3."}')
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 'v.jsonl'} {tmp_path / 'w.jsonl'} --threshold 0.8 --max-new-tokens 8 "
+         f"--out {tmp_path / 'r.jsonl'}")
+    result, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    assert set(result["sets"]) == {"v", "w", "all sets"} and set(result["sets"]["w"]["groups"]) == {"Math", "difficulty 3"}
+    assert result["teacher_forced"] == [] and result["sets"]["v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
+    assert "agreement % in v" in out and "exact match % in" not in out
+
+
+@pytest.mark.parametrize("text, where", [('{"text": "a", "category": "b"}\n{"text": 3}', "line 2"), ("\n", "empty"), ('{"q": 1}', "line 1"), ('[{"x"', "line 1")])
+def test_what_cannot_be_read_is_named_and_nothing_written(tmp_path, monkeypatch, text, where):
+    (tmp_path / "v.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 'v.jsonl'}", fails=where)
+    assert [p.name for p in tmp_path.iterdir()] == ["v.jsonl"]
+
+
 def test_one_threshold_saves_two_fifths_of_the_layers_for_a_point(tiny):
     model, tokenizer, lite = tiny
-    result = E.evaluate(model, tokenizer, lite, Q.embedded(250, split="test"),
-                        SimpleNamespace(**vars(ARGS), exits=None, threshold=[[0.9]]))
-    row = result["sweep"]["0.9"]
-    assert row["saved"] >= 0.40 and row["exact_gap"][0] >= -0.01 - row["exact_gap"][1]
-    assert row["agreement"][0] >= 0.98
-    json.dumps(result)                                   # what --json prints
-    groups = {g: cells["0.9"]["layers"] for g, cells in result["groups"].items()}
+    how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
+    settings = {R.FULL: (8, {}), "x": (8, dict.fromkeys([2, 4, 6], 0.9))}
+    lines = [E.compare(model, tokenizer, "embedded", e, tokenizer.encode(D.prompt_text(e), bos=True), settings, [2, 4, 6], how)
+             for e in Q.embedded(250, split="test")]
+    result = R.report(lines, [2, 4, 6])["embedded"]
+    row = result["rows"]["x"]
+    assert row["layers saved %"][0] >= 40 and row["exact - full depth's"][2] >= -1 and row["agreement %"][0] >= 98
+    assert result["rows"]["oracle"]["layers saved %"][0] >= row["layers saved %"][0] - 1
+    groups = {g: part["rows"]["x"]["layers"][0] for g, part in result["groups"].items()}
     assert groups["reverse 3"] < groups["reverse 6"] and groups["sort 3"] < groups["jump 4"]       # harder: deeper
 
 
-def test_evaluating_prints_its_tables(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["eval.py", "--ckpt", str(ROOT / "tiny"), "--limit", "20", "--threshold", "0.9"])
-    E.main()
-    out = capsys.readouterr().out
-    assert "teacher-forced" in out and "first 2 layers" in out and "reverse" in out
-    monkeypatch.setattr("sys.argv", [*__import__("sys").argv, "--json"])
-    E.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)      # no NaN
-    assert set(result["sweep"]) == {"1", "0.9", "first 2 layers", "first 4 layers", "first 6 layers"}
-
-
-def test_prompts_without_answers_are_measured_by_agreement(tmp_path, monkeypatch, capsys):
-    (tmp_path / "v.jsonl").write_text('{"text": "Sort d a.", "category": "generic"}\n{"text": "Say hen.", "category": "other"}')
-    monkeypatch.setattr("sys.argv", ["eval.py", "--ckpt", str(ROOT / "tiny"), "--data", str(tmp_path / "v.jsonl"), "--threshold", "0.8",
-                                     "--max-new-tokens", "8", "--json"])
-    E.main()
-    result = json.loads(capsys.readouterr().out)
-    assert "teacher_forced" not in result and "exact" not in result["sweep"]["0.8"] and set(result["groups"]) == {"generic", "other"}
+def test_the_pictures_are_drawn(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="docs/plots.py needs matplotlib, a development extra")
+    from docs import plots
+    evaluate(tmp_path, monkeypatch, capsys)
+    monkeypatch.setattr("sys.argv", ["plots.py", str(tmp_path / "r.json"), "--plain", str(tmp_path / "r.json"), "--out", str(tmp_path / "x")])
+    plots.main()
+    names = [f"x-{name}.svg" for name in ("cost", "curve", "exits", "loss")]
+    assert sorted(p.name for p in tmp_path.glob("*.svg")) == names
+    first = (tmp_path / "x-loss.svg").read_text()
+    plots.main()
+    assert (tmp_path / "x-loss.svg").read_text() == first and "without" in first and "layer" in first
