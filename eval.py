@@ -144,14 +144,14 @@ def collect(path, header, make, size, rank, world):
     """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
     share, and added in one write each, so that any number of ranks may write and be killed."""
     wait = dist.barrier if world > 1 else lambda: None
-    todo = sorted(set(range(size)) - read_lines(path, header).keys())[rank::world]
+    missing = sorted(set(range(size)) - read_lines(path, header).keys())
     wait()                                               # all have read before anyone writes
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
-        if rank == 0:
+        if rank == 0 and missing:
             f.write(f"\n{json.dumps(header)}\n".encode())                # the first \n ends a broken line
         wait()
-        for i in tqdm(todo, desc="answers", unit="prompt", disable=rank > 0 or None):
+        for i in tqdm(missing[rank::world], desc="answers", unit="prompt", disable=rank > 0 or None):
             f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
     wait()
     lines = read_lines(path, header)
@@ -172,8 +172,8 @@ def best_thresholds(d, price):
     """The thresholds (X,) that cost least if a disagreement costs `price`, as far as changing one at a time
     goes.  For one exit it is the best of all: in order of confidence, the gain of letting the first k tokens
     that get there leave is a running sum.  If nobody leaves, the checks are saved (t = 1)."""
-    t, before = np.ones(d.sure.shape[1]), None
-    while not np.array_equal(t, before):
+    t = np.ones(d.sure.shape[1])
+    for _ in range(20):                                  # mostly it is there after three
         before = t.copy()
         for x in reversed(range(len(t))):
             here = np.flatnonzero(~(d.sure[:, :x] > t[:x]).any(1))
@@ -183,6 +183,8 @@ def best_thresholds(d, price):
             gain[sure[1:] == sure[:-1]] = -np.inf        # who is equally sure leaves together
             k = np.argmax([d.ask[here].sum(), *gain])
             t[x] = (sure[k - 1] + sure[k]) / 2 if k else 1
+        if (t == before).all():
+            break
     return t
 
 
@@ -199,12 +201,13 @@ def calibrate(model, prompts, exits, how, target):
     to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
     all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
     For comparison, the same with one threshold for all exits.  Returns what was tried: [dict]."""
-    L, tries = model.args.n_layers, []
+    L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], desc="choose", disable=None)]
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
-    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=[*(n * layer for n in exits), L * layer + head])
+    cost = [*(n * layer for n in exits), L * layer + head]
+    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
     paths = {"one for all": [np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 500))],
              "one an exit": [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 100)]}
     for kind, margin in ((kind, margin) for kind in paths for margin in MARGINS):
@@ -217,8 +220,8 @@ def calibrate(model, prompts, exits, how, target):
         agreement, bound, _, n = rate([a["agreed"] for a in told], [a["steps"] for a in told], 1.645)
         tries.append(dict(
             kind=kind, margin=margin, target=target, thresholds=dict(zip(exits, t)), agreement=agreement,
-            bound=bound, certified=bound >= target, prompts=len(told), tokens=n, **{
-                f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in ("layers", "FLOPs", "bytes")}))
+            bound=bound, certified=bound >= target, prompts=len(told), tokens=n,
+            **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
     return tries
 
 
@@ -235,7 +238,7 @@ def write_thresholds(path, lite, exits, tries, how):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps({**lite, "exits": exits, "thresholds": good[-1]["thresholds"],
+    part.write_text(json.dumps({"exits": exits, **lite, "thresholds": good[-1]["thresholds"],
                                 "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
     part.replace(path)
     print(f"thresholds written to {path}; generate.py without --threshold takes them")
