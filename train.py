@@ -2,7 +2,6 @@
 
     python train.py                                     # a tiny LLaMA from nothing, minutes on a CPU
     torchrun train.py --ckpt llama-2-7b                 # LITE-tune Meta's weights on data/alpaca_data.json
-    python train.py --ckpt llama-2-7b --plan --world-size 8     # the memory it takes; params.json is enough
     python train.py --no-lite --out plain               # the baseline: the last layer's loss alone
     python train.py --resume                            # go on where out/ stopped, bit for bit
 
@@ -33,13 +32,12 @@ from tqdm import tqdm
 from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device,
                   read_examples, run, share, tokenize)
 from eval import exit_losses
-from model import (LOGIT_ROWS, InputError, ModelArgs, Transformer, check_exits, default_exits,
-                   find_checkpoint, lite_loss, load_meta, load_tensors, read_args, read_json, read_lite,
-                   save_meta, wide)
+from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
+                   load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
 
 GIB = 2 ** 30
 SHORTLIST = 2048                       # frequent tokens kept in lite.json, for cheap exit checks
-MACHINE = {"out", "resume", "device", "plan", "world_size", "card_gb", "timeout"}     # may differ on --resume
+MACHINE = {"out", "resume", "device", "timeout"}     # may differ on --resume
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
     "steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
@@ -198,9 +196,6 @@ def parse_args():
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
-    parser.add("--plan", action="store_true", help="print the memory that training takes, and stop")
-    parser.add("--world-size", 1, type=number(int, 1, 512), metavar="N", help="processes, for --plan")
-    parser.add("--card-gb", type=number(float, 0.1), metavar="GB", help="of memory (the GPU's; --plan: 80)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
     for flag, default in (("--exits", None), ("--limit", None), ("--seed", 0), ("--device", None)):
         parser.add(flag, default)
@@ -212,7 +207,7 @@ def resolve(args):
     out = Path(args.out)
     if not args.resume:
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
-        if not args.plan and (out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*"))):
+        if out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         for key, (tiny, ckpt, *_) in RECIPES.items():
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
@@ -259,59 +254,19 @@ def choose_exits(args, shape, folder=None):
         raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
 
 
-def kept(f, x):
-    """Bytes that autograd keeps of f(x) for the backward pass, f's parameters apart."""
-    kept, own = [], {p.untyped_storage()._cdata for p in f.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()), lambda _: None):
-        f(x)                                             # never run backward
-    return sum({s._cdata: s.nbytes() for s in kept if s._cdata not in own}.values())
-
-
-def plan(shape, args, world):
-    """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their sum.
-    On the meta device tensors have shapes alone, so nothing is allocated.  Taken for granted is that all
-    sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices."""
-    dtype = getattr(torch, args.dtype)
-    with torch.device("meta"):
-        model = Transformer(shape).to(dtype)
-    dealt, c, L = [0] * world, dtype.itemsize, shape.n_layers
-    for group in optimizer_for(model, args).param_groups:
-        for p in sorted(group["params"], key=torch.numel, reverse=True):         # as ZeRO deals them out
-            dealt[dealt.index(min(dealt))] += p.numel()
-    B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
-    h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
-    block, n, state = kept(model.layers[0], h), sum(dealt), 12 if c < 4 else 8
-    blocks, how = ((L * h.nbytes + block, "their inputs, and one block recomputed") if
-                   args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
-    parts = dict(
-        weights=(n * c, f"{n:,}, {c} bytes each"),
-        gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),
-        optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
-                   f"{max(dealt):,} weights of the fullest rank"),
-        activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
-        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim), f"one exit's, of "
-                f"{LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed, too"),
-        step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
-        reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
-    return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
-
-
-def fit(shape, args, world, device, note):
-    """Tell the plan; InputError if it is more than the card has: --card-gb, or the GPU's own (--plan: 80)."""
-    card = GIB * (args.card_gb or 80 * bool(args.plan))
-    if not card and device.type == "cpu":
+def fit(shape, args, world, device):
+    """InputError if a GPU cannot hold the weights, their gradients and this rank's share of the optimizer."""
+    if device.type == "cpu":
         return
-    card = card or torch.cuda.get_device_properties(device).total_memory
-    shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
-    parts = plan(shape, args, world)
-    note("GiB per card, at most:")
-    for part, (n, why) in parts.items():
-        note(f"{part:>12} {n / GIB:8.2f}  {why}")
-    if (total := parts["sum"][0]) > card:
-        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
-        raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
-                         f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
-                         "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
+    vocab_size = shape.vocab_size if shape.vocab_size > 0 else 32000             # Meta's file says -1
+    with torch.device("meta"):                           # shapes without memory
+        n = sum(p.numel() for p in Transformer(replace(shape, vocab_size=vocab_size)).parameters())
+    card, c = torch.cuda.get_device_properties(device).total_memory, getattr(torch, args.dtype).itemsize
+    own, shared = 2 * n * c, n * (12 if c < 4 else 8)    # weights, gradients; moments and fp32 masters
+    if (need := own + shared / world) > card:
+        least = f"{math.ceil(shared / (card - own))} or more" if own < card else "no number of"
+        raise InputError(f"{need / GIB:.1f} GiB per process without activations, on a card of {card / GIB:.1f}: "
+                         f"{least} processes could hold it; `python docs/plan.py` counts activations, too")
 
 
 def main():
@@ -324,11 +279,7 @@ def main():
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
     shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    fit(shape, args, args.world_size if args.plan else world, device, note)
-    if args.plan:
-        return
-    if args.world_size > 1:
-        raise InputError("--world-size is for --plan; a run's processes are started by torchrun")
+    fit(shape, args, world, device)
     torch.manual_seed(args.seed)
     examples, dtype = load_examples(args), getattr(torch, args.dtype)
     model = (load_meta(folder, dtype, device) if folder else
