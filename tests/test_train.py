@@ -248,7 +248,7 @@ def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, 
     card_of(40, monkeypatch)
     monkeypatch.setattr(T, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr("sys.argv", ["train.py", "--ckpt", f"{tmp_path}", "--data", "none", "--out", f"{tmp_path / 'run'}"])
-    with pytest.raises(InputError, match="100.4 GiB per process without activations, on a card of 40.0: 6 or more"):
+    with pytest.raises(InputError, match="100.4 GiB per process before activations, on a card of 40.0: 6 or more"):
         T.main()
     assert not (tmp_path / "run").exists()
 
