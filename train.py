@@ -320,7 +320,7 @@ def explain(e, args):
     """The error to raise for a RuntimeError: a line if a rank was lost or the disk is full, else e, a bug."""
     why = str(e).split(". ")[0][-60:]
     if isinstance(e, dist.DistError) or "gloo" in str(e):
-        return InputError(f"lost another rank, or {args.timeout:g} s without its word; go on with --resume ({why})")
+        return InputError(f"lost another rank, or its word for {args.timeout:g} s: use --resume ({why})")
     if "inline_container" in str(e):                     # torch.save's way to say that it cannot write
         return OSError(f"{args.out}: a save could not be written ({why}); is the disk full?")
     return e
