@@ -101,7 +101,7 @@ def load_optimizer(folder, model, optimizer):
     for path in sorted(folder.glob("optimizer.*.pt")):               # mapped: only what is copied is read
         saved |= load_tensors(path)
     if saved.keys() != params.keys():
-        raise InputError(f"{folder}: its optimizer.*.pt hold {len(saved)} of {len(params)} weights' state")
+        raise InputError(f"{folder}: has {len(saved)} of {len(params)} states; is an optimizer.NN.pt missing?")
     for name, p in params.items():
         p.copy_(saved[name]["master"])
     for name, state in optimizer_state(model, optimizer).items():
@@ -221,7 +221,7 @@ def resolve(parser):
     args = parser.parse_args(namespace=Namespace(**saved["args"]))   # flags, if given, change what was saved
     for key, old in saved["args"].items():
         if (new := getattr(args, key)) != old and key not in LAYOUT:
-            raise InputError(f"--{key.replace('_', '-')} {new}: the run in {out} has {old}; its settings stay")
+            raise InputError(f"--{key.replace('_', '-')} {new}: the run in {out} has {old}, and keeps it")
     return args, saved["step"]
 
 
@@ -320,7 +320,8 @@ def explain(e, args):
     """The error to raise for a RuntimeError: a line if a rank was lost or the disk is full, else e, a bug."""
     why = str(e).split(". ")[0][-60:]
     if isinstance(e, dist.DistError) or "gloo" in str(e):
-        return InputError(f"lost another rank, or its word for {args.timeout:g} s: use --resume ({why})")
+        return InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
+                          f"the last save: go on with --resume ({why})")
     if "inline_container" in str(e):                     # torch.save's way to say that it cannot write
         return OSError(f"{args.out}: a save could not be written ({why}); is the disk full?")
     return e
