@@ -6,7 +6,6 @@ An example is a dict: instruction, input (may be ""), output (None in a set of p
 or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set, without
 download, lies in tiny/: questions whose answers need different amounts of computation.
 """
-import argparse
 import gzip
 import json
 import math
@@ -15,6 +14,7 @@ import random
 import re
 import sys
 import urllib.request
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def number(kind, low, high=math.inf, many=False):
             if all(low <= x <= high and x < math.inf for x in values) and (many or len(values) == 1):
                 return values if many else values[0]
         span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
-        raise argparse.ArgumentTypeError(f"{text} given; expected {span}")
+        raise ArgumentTypeError(f"{text} given; expected {span}")
     return parse
 
 
@@ -59,12 +59,11 @@ FLAGS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """argparse with the script's docstring as help, shared flags by name, and errors of one line."""
 
     def __init__(self, doc):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=form)
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
 
     def add(self, flag, default=None, **more):
         """Add a flag: its meaning comes from FLAGS unless given here, its default is the script's."""
@@ -115,14 +114,12 @@ class Tokenizer:
     """sentencepiece as Meta ships it. No token is ever added: pads are any id, with the label IGNORE."""
 
     def __init__(self, model_bytes, name="tokenizer.model"):
+        self.sp, self.model_bytes = sentencepiece.SentencePieceProcessor(), model_bytes
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            self.model_bytes, self.size = model_bytes, self.sp.vocab_size()
-        except (RuntimeError, TypeError):
-            self.size = 0
-        if not self.size:
-            raise InputError(f"{name}: not a sentencepiece model, or cut short; expected Meta's")
-        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
+            self.sp.LoadFromSerializedProto(model_bytes)
+        except RuntimeError:
+            raise InputError(f"{name}: not a sentencepiece model, or cut short; expected Meta's") from None
+        self.size, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
 
     @classmethod
     def load(cls, folder, vocab_size=None):
@@ -154,13 +151,12 @@ def prompt_text(example):
 
 
 READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Self-Instruct -> its example
-    ("instruction", "output"): lambda r: (r["instruction"], r.get("input") or "", r["output"],
-                                          r.get("group") or ""),
-    ("text", "category"): lambda r: (r["text"], "", None, r["category"]),
-    ("prompt",): lambda r: (r["prompt"], "", None, ""),
-    ("Instruction", "Skill"): lambda r: (r["Instruction"], "", None, f"{r['Skill']}; difficulty {r['Difficulty']}"),
-    ("instruction", "instances"): lambda r: (r["instruction"], r["instances"][0]["input"],
-                                             r["instances"][0]["output"], r["motivation_app"])}
+    "instruction output": lambda r: (r["instruction"], r.get("input") or "", r["output"], r.get("group", "")),
+    "text category": lambda r: (r["text"], "", None, r["category"]),
+    "prompt": lambda r: (r["prompt"], "", None, ""),
+    "Instruction Skill": lambda r: (r["Instruction"], "", None, f"{r['Skill']}; difficulty {r['Difficulty']}"),
+    "instruction instances": lambda r: (r["instruction"], r["instances"][0]["input"],
+                                        r["instances"][0]["output"], r["motivation_app"])}
 
 
 def read_examples(path, limit=None):
@@ -168,27 +164,23 @@ def read_examples(path, limit=None):
     With a limit so many of them, evenly spaced, as test sets are sorted by category."""
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
+        text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
     except (OSError, EOFError, UnicodeDecodeError) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
         raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
-    whole, rows, examples = text.lstrip().startswith("["), [], []
-    pieces = [(1, text)] if whole else [(n, s) for n, s in enumerate(text.split("\n"), 1) if s.strip()]
+    whole, examples, n = text.lstrip().startswith("["), [], 1
     try:
-        for line, piece in pieces:
-            rows += json.loads(piece) if whole else [json.loads(piece)]
+        for n, row in enumerate(json.loads(text) if whole else text.split("\n"), 1):
+            if whole or row.strip():
+                row = row if whole else json.loads(row)
+                examples.append(read_row(row))
     except ValueError as e:
-        raise InputError(f"{path}, line {line + e.lineno - 1}: not JSON ({e.msg}); expected a list of "
-                         "objects, or one object a line") from None
-    try:
-        for n, row in enumerate(rows):
-            examples.append(read_row(row))
+        raise InputError(f"{path}, line {n + e.lineno - 1}: not JSON ({e.msg}); expected a list of objects, "
+                         "or one object a line") from None
     except (AttributeError, TypeError, KeyError, IndexError):
-        where = f"entry {n + 1}" if whole else f"line {pieces[n][0]}"
         found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise InputError(f"{path}, {where}: found {found}; expected Alpaca's instruction, input, output "
-                         "(strings), or a test set's keys") from None
+        raise InputError(f"{path}, {'entry' if whole else 'line'} {n}: found {found}; expected Alpaca's "
+                         "instruction, input, output (strings), or a test set's keys") from None
     if not examples:
         raise InputError(f"{path}: empty; expected at least one example")
     n = min(limit or len(examples), len(examples))
@@ -202,7 +194,7 @@ def embedded(n, split="train"):
 
 def read_row(row):
     """The example in one record; an AttributeError, TypeError, KeyError or IndexError if it is not one."""
-    read = next((f for keys, f in READERS.items() if row.keys() >= set(keys)), None)
+    read = next((f for keys, f in READERS.items() if row.keys() >= set(keys.split())), None)
     example = dict(zip(("instruction", "input", "output", "group"), read(row)))
     if not all(isinstance(v, str) for k, v in example.items() if (k, v) != ("output", None)):
         raise TypeError
@@ -243,10 +235,9 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
         cut += len(prompt) < max_len < len(ids)
         if len(prompt) < max_len:
             rows.append((ids[:max_len], len(prompt)))
-    if dropped := len(examples) - len(rows):
-        note(f"{dropped} of {len(examples)} examples dropped: their prompts fill --max-len {max_len} tokens")
-    if cut:
-        note(f"{cut} of {len(examples)} examples cut to --max-len {max_len} tokens")
+    for n, fate in (len(examples) - len(rows), "dropped: their prompts fill"), (cut, "cut to"):
+        if n:
+            note(f"{n} of {len(examples)} examples {fate} --max-len {max_len} tokens")
     if not rows:
         raise InputError(f"every example is longer than --max-len {max_len}; raise it")
     return rows

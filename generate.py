@@ -47,7 +47,7 @@ class Shortlist:
     def __init__(self, model, frequent, room):
         self.output, self.known, self.rows = model.output.weight, set(), None        # rows None: all V
         self.space = self.output.new_empty((len(frequent) + room) * bool(frequent), self.output.size(1))
-        self.ids = torch.arange(len(self.space) or len(self.output), device=self.output.device)      # of the rows
+        self.ids = torch.arange(len(self.space) or len(self.output), device=self.output.device)      # of rows
         self.add(frequent)
 
     def add(self, tokens):
@@ -120,10 +120,9 @@ class Decoder:
     def verify(self, token, pos):
         """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
         The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
-        one is unsure.  So layers up to n have seen every row, and from there all rows go through those above
-        together.  (Had a row gone above n alone, it would have missed its predecessors' K and V there.)
-        What is rejected lies beyond the new pos in the cache, and is overwritten.  The rule for sampling:
-        Leviathan et al., Chen et al. (2023); greedy is its special case."""
+        one is unsure.  Then all rows go through the layers above n together.  (Had a row gone there alone, it
+        would have missed its predecessors' K and V.)  What is rejected lies beyond the new pos in the cache.
+        The rule for sampling: Leviathan et al., Chen et al. (2023); greedy is its special case."""
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
         rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
         while sure > self.thresholds.get(n, 1) and len(drafts) < longest:
@@ -195,10 +194,10 @@ def exit_rule(threshold, exits, lite, n_layers):
     if threshold is None:
         return stored if exits is None else {n: stored.get(n, 1.0) for n in check_exits(exits, n_layers)}
     exits = check_exits(exits or lite.get("exits") or default_exits(n_layers), n_layers)
-    if len(threshold) not in (1, len(exits)):
-        raise InputError(f"--threshold: {len(threshold)} numbers for {len(exits)} exits "
-                         f"({','.join(map(str, exits))}); give one for all or one each")
-    return dict(zip(exits, threshold * len(exits) if len(threshold) == 1 else threshold))
+    rule = threshold * len(exits) if len(threshold) == 1 else threshold
+    if len(rule) != len(exits):
+        raise InputError(f"--threshold: {len(rule)} numbers for {len(exits)} exits, {exits}; give one or all")
+    return dict(zip(exits, rule))
 
 
 def frequent_tokens(args, lite):

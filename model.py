@@ -94,11 +94,10 @@ def product(x, w):
 
 def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
-    if w.device.type != "cpu" or w.dtype == torch.float64 or w.numel() < PACK_FROM or not (
-            torch.ops.mkldnn._is_mkldnn_bf16_supported() if w.dtype == torch.bfloat16 else
-            torch.backends.mkldnn.is_available()):
-        return w.detach()
-    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4)                # for about 4 rows
+    packs = w.device.type == "cpu" and w.numel() >= PACK_FROM and (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported() if w.dtype == torch.bfloat16 else
+        w.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # for ~4 rows
 
 
 def side_by_side(x, joint, *linears):
@@ -257,10 +256,9 @@ class Transformer(nn.Module):
         yield h
 
     def forward(self, tokens, labels=None, exits=()):
-        """Without labels: logits (B, T, V).  With labels (B, T), the next tokens or IGNORE: losses (X+1,).
-        Each loss is a *sum* over the labelled positions: only the caller knows their count over all ranks and
-        micro-batches.  Only they meet the head, LOGIT_ROWS at a time, and their logits are made again in the
-        backward pass (checkpoint): one exit's (LOGIT_ROWS, V) is alive at a time, not X+1 of (N, V)."""
+        """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
+        a sum over labelled positions: only the caller knows their count over all ranks.  These alone meet the
+        head, LOGIT_ROWS at a time, and again in the backward pass: (LOGIT_ROWS, V) lives, not X+1 (N, V)."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
         labels = labels.flatten()

@@ -148,7 +148,7 @@ def test_as_a_command_it_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["data", "train", "generate", "eval"])
+@pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs/plan"])
 def test_help_explains_every_flag(script):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "python" in done.stdout

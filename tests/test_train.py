@@ -16,13 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import plan as P
 import train as T
 import worker
 from conftest import ROOT, random_model
 from data import batches, embedded, tokenize
 from eval import exit_losses
 from kill import environ, processes
-from model import InputError, Transformer, load_meta
+from model import InputError, ModelArgs, Transformer, load_meta
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 TINY = ["--steps", "6", "--batch-size", "8", "--micro-batch-size", "8", "--val", "16", "--save-every", "3"]
@@ -196,7 +197,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
                                lr=0.0, activation_checkpointing=False)
-        parts = {name: n for name, (n, _) in T.plan(random_model().args, args, 2).items()}
+        parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
         assert sum(s["optimizer"] for s in sizes) < 1.1 * 2 * parts["optimizer"]
@@ -205,7 +206,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
 def test_what_autograd_keeps_is_counted_once_and_without_weights():
     block = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Tanh(), torch.nn.Linear(16, 4, bias=False))
     x = torch.zeros(10, 8, requires_grad=True)
-    assert T.kept(block, x) == 4 * (10 * 8 + 10 * 16)                   # the input; tanh's result, which two ops keep
+    assert P.kept(block, x) == 4 * (10 * 8 + 10 * 16)                   # the input; tanh's result, which two ops keep
 
 
 PARAMS = {"7b": dict(dim=4096, n_layers=32, n_heads=32), "13b": dict(dim=5120, n_layers=40, n_heads=40)}
@@ -217,14 +218,39 @@ PARAMS = {"7b": dict(dim=4096, n_layers=32, n_heads=32), "13b": dict(dim=5120, n
     ("13b", 2, ["--card-gb", 24], 2, "no number of cards fits"), ("7b", 2, ["--micro-batch-size", 1], 0, "6,738,415,616")])
 def test_a_plan_needs_params_json_alone(tmp_path, name, n, flags, code, said):
     (tmp_path / "params.json").write_text(json.dumps({**PARAMS[name], "vocab_size": -1, "multiple_of": 256, "norm_eps": 1e-5}))
-    done = train("--ckpt", tmp_path, "--plan", "--world-size", n, *flags, check=False)
+    command = [sys.executable, ROOT / "docs/plan.py", "--ckpt", tmp_path, "--nproc", n, *flags]
+    done = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True)
     assert done.returncode == code and said in done.stdout + done.stderr and done.stderr.count("\n") == (code > 0)
 
 
-def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path):
+def card_of(gib, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * T.GIB))
+
+
+@pytest.mark.parametrize("name, dtype, gib, world, least", [
+    ("7b", "bfloat16", 80, 1, "2 or more"), ("7b", "bfloat16", 80, 2, None), ("7b", "bfloat16", 40, 4, "6 or more"),
+    ("7b", "bfloat16", 40, 6, None), ("7b", "float32", 80, 1, "2 or more"), ("13b", "bfloat16", 48, 99, "no number of"),
+    ("13b", "bfloat16", 80, 4, "5 or more"), ("13b", "bfloat16", 80, 5, None)])
+def test_a_card_too_small_for_weights_gradients_and_optimizer_is_told_how_many_are_enough(
+        name, dtype, gib, world, least, monkeypatch):
+    """4 bytes a weight on every rank and 12 shared among all; in fp32 8 and 8. 7B: 6.28 G weights (of 2^30), 13B: 12.12 G."""
+    card_of(gib, monkeypatch)
+    args, device = SimpleNamespace(dtype=dtype), torch.device("cuda:0")
+    if least is None:
+        return T.fit(ModelArgs(**PARAMS[name]), args, world, device)
+    with pytest.raises(InputError, match=f"{least} processes could hold it; `python docs/plan.py`"):
+        T.fit(ModelArgs(**PARAMS[name]), args, world, device)
+    T.fit(ModelArgs(**PARAMS[name]), args, world, torch.device("cpu"))   # whose memory is not ours to count
+
+
+def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS["7b"]))
-    done = train("--ckpt", tmp_path, "--card-gb", 40, "--data", tmp_path / "none", "--out", tmp_path / "run", check=False)
-    assert done.returncode == 2 and "GiB per process, but" in done.stderr and not (tmp_path / "run").exists()
+    card_of(40, monkeypatch)
+    monkeypatch.setattr(T, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr("sys.argv", ["train.py", "--ckpt", f"{tmp_path}", "--data", "none", "--out", f"{tmp_path / 'run'}"])
+    with pytest.raises(InputError, match="100.4 GiB per process before activations, on a card of 40.0: 6 or more"):
+        T.main()
+    assert not (tmp_path / "run").exists()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------

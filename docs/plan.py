@@ -1,0 +1,94 @@
+"""The memory that LITE tuning takes of each card: a sum, from params.json alone, without weights or a GPU.
+
+    python docs/plan.py --ckpt llama-2-7b --nproc 8
+    python docs/plan.py --ckpt llama-2-13b --nproc 8 --activation-checkpointing --card-gb 80
+
+Flags and defaults are train.py's.  Taken for granted is that all sequences have --max-len tokens, all of
+them response, and that attention keeps its (T, T) matrices.
+"""
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import Parser, number, run  # noqa: E402
+from model import LOGIT_ROWS, InputError, Transformer, find_checkpoint, read_args  # noqa: E402
+from train import GIB, RECIPES, choose_exits, optimizer_for  # noqa: E402
+
+
+def kept(f, x):
+    """Bytes that autograd keeps of f(x) for the backward pass, f's parameters apart."""
+    kept, own = [], {p.untyped_storage()._cdata for p in f.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()), lambda _: None):
+        f(x)                                             # never run backward
+    return sum({s._cdata: s.nbytes() for s in kept if s._cdata not in own}.values())
+
+
+def plan(shape, args, world):
+    """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their sum.
+    On the meta device tensors have shapes alone, so nothing is allocated."""
+    dtype = getattr(torch, args.dtype)
+    with torch.device("meta"):
+        model = Transformer(shape).to(dtype)
+    dealt, c, L = [0] * world, dtype.itemsize, shape.n_layers
+    for group in optimizer_for(model, args).param_groups:
+        for p in sorted(group["params"], key=torch.numel, reverse=True):         # as ZeRO deals them out
+            dealt[dealt.index(min(dealt))] += p.numel()
+    B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
+    h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
+    block, n, state = kept(model.layers[0], h), sum(dealt), 12 if c < 4 else 8
+    blocks, how = ((L * h.nbytes + block, "their inputs, and one block recomputed") if
+                   args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
+    parts = dict(
+        weights=(n * c, f"{n:,}, {c} bytes each"),
+        gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),
+        optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
+                   f"{max(dealt):,} weights of the fullest rank"),
+        activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
+        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim), f"one exit's, of "
+                f"{LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed, too"),
+        step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
+        reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
+    return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
+
+
+def parse_args():
+    """The flags of train.py that decide on memory, with what its recipe for checkpoints says."""
+    parser = Parser(__doc__)
+    parser.add("--ckpt", required=True, help="Meta-format folder to tune; of it params.json is enough")
+    parser.add("--nproc", 1, type=number(int, 1, 512), metavar="N", help="processes, over all machines")
+    parser.add("--card-gb", 80, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
+    for key in ("batch_size", "micro_batch_size", "max_len", "dtype"):
+        _, default, kind, meaning = RECIPES[key]
+        parser.add("--" + key.replace("_", "-"), default, type=kind, help=meaning)
+    parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
+    parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
+    parser.add("--exits")
+    parser.set_defaults(weights=None, lr=0.0, weight_decay=0.0)      # these take no memory
+    return parser.parse_args()
+
+
+def main():
+    """Print the plan; InputError if it is more than the card has."""
+    args = parse_args()
+    folder, card = find_checkpoint(args.ckpt), args.card_gb * GIB
+    shape = read_args(folder)
+    shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
+    choose_exits(args, shape, folder)
+    parts = plan(shape, args, args.nproc)
+    print("GiB per card, at most:")
+    for part, (n, why) in parts.items():
+        print(f"{part:>12} {n / GIB:8.2f}  {why}")
+    if (total := parts["sum"][0]) > card:
+        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
+        raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
+                         f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
+                         "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
+
+
+if __name__ == "__main__":
+    run(main)
