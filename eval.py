@@ -115,10 +115,10 @@ def measure(model, prompt, top, thresholds, how, exits=()):
 def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     """An example under every setting {name: (layers at most, thresholds)}, in turns, so that a change in the
     machine's speed hits all alike: a line of the results."""
-    runs, L = {}, model.args.n_layers
+    runs, full, L = {}, None, model.args.n_layers
     for setting, (top, thresholds) in settings.items():
         a = measure(model, prompt, top, thresholds, how, exits if setting == FULL else ())
-        full, text = (a if setting == FULL else full), tokenizer.decode(a.tokens, prompt).strip()
+        full, text = full or a, tokenizer.decode(a.tokens, prompt).strip()           # full depth comes first
         exact = None if e["output"] is None else int(text == e["output"].strip())
         runs[setting] = dict(text=text, exits=a.exits[1:], agrees=a.agrees, exact=exact, **a.numbers,
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())

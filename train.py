@@ -251,21 +251,6 @@ def choose_exits(args, shape, folder=None):
         raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
 
 
-def fit(shape, args, world, device):
-    """InputError if a GPU cannot hold the weights, their gradients and this rank's share of the optimizer."""
-    if device.type == "cpu":
-        return
-    vocab_size = shape.vocab_size if shape.vocab_size > 0 else 32000             # Meta's file says -1
-    with torch.device("meta"):                           # shapes without memory
-        n = sum(p.numel() for p in Transformer(replace(shape, vocab_size=vocab_size)).parameters())
-    card, c = torch.cuda.get_device_properties(device).total_memory, getattr(torch, args.dtype).itemsize
-    own, shared = 2 * n * c, n * (12 if c < 4 else 8)    # weights, gradients; moments and fp32 masters
-    if (need := own + shared / world) > card:
-        least = f"{math.ceil(shared / (card - own))} or more" if own < card else "no number of"
-        raise InputError(f"{need / GIB:.1f} GiB per process before activations, on a card of {card / GIB:.1f}:"
-                         f" {least} processes could hold it; `python docs/plan.py` counts activations, too")
-
-
 def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
     args, step = resolve(flags())
@@ -275,7 +260,9 @@ def main():
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
     shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    fit(shape, args, world, device)
+    if device.type == "cuda":
+        from docs.plan import fit                        # not at the top: that file imports this one
+        fit(shape, args, world, torch.cuda.get_device_properties(device).total_memory, note)
     torch.manual_seed(args.seed)
     examples, dtype = load_examples(args), getattr(torch, args.dtype)
     model = (load_meta(folder, dtype, device) if folder else

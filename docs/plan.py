@@ -72,22 +72,25 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    """Print the plan; InputError if it is more than the card has."""
-    args = parse_args()
-    folder, card = find_checkpoint(args.ckpt), args.card_gb * GIB
-    shape = read_args(folder)
+def fit(shape, args, world, card, say=print):
+    """Tell the plan; InputError if it is more than the card's bytes. What train.py does first on a GPU."""
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
-    choose_exits(args, shape, folder)
-    parts = plan(shape, args, args.nproc)
-    print("GiB per card, at most:")
+    parts = plan(shape, args, world)
+    say("GiB per card, at most:")
     for part, (n, why) in parts.items():
-        print(f"{part:>12} {n / GIB:8.2f}  {why}")
+        say(f"{part:>12} {n / GIB:8.2f}  {why}")
     if (total := parts["sum"][0]) > card:
         enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
         raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
                          f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
                          "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
+
+
+def main():
+    args = parse_args()
+    shape = read_args(folder := find_checkpoint(args.ckpt))
+    choose_exits(args, shape, folder)
+    fit(shape, args, args.nproc, args.card_gb * GIB)
 
 
 if __name__ == "__main__":
