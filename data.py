@@ -154,7 +154,7 @@ READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Sel
     "instruction output": lambda r: (r["instruction"], r.get("input") or "", r["output"], r.get("group", "")),
     "text category": lambda r: (r["text"], "", None, r["category"]),
     "prompt": lambda r: (r["prompt"], "", None, ""),
-    "Instruction Skill": lambda r: (r["Instruction"], "", None, f"{r['Skill']}; difficulty {r['Difficulty']}"),
+    "Instruction Skill": lambda r: (r["Instruction"], "", None, f"{r['Skill']}; level {r['Difficulty']}"),
     "instruction instances": lambda r: (r["instruction"], r["instances"][0]["input"],
                                         r["instances"][0]["output"], r["motivation_app"])}
 

@@ -15,8 +15,8 @@ import copy
 import json
 import math
 import os
+import sys
 import zlib
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Parser, collate, embedded, number, prompt_text, read_examples, run, tokenize
-from docs.report import FULL, ORACLE, rate, report, show, table
+from docs.report import FULL, ORACLE, collect, rate, report, show, table
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
@@ -127,35 +127,6 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **costs(model, full, best, asks, L))
     runs[FULL] |= dict(sure=full.sure, right=full.right)
     return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
-
-
-def read_lines(path, header):
-    """{i: line} of a results file; InputError if it is another run's. A line cut short by a kill is none."""
-    lines = []
-    for text in path.read_text().split("\n") if path.exists() else []:
-        with suppress(ValueError):
-            lines.append(json.loads(text))
-    if not all("i" in line or line == header for line in lines) or lines and lines[0] != header:
-        raise InputError(f"--out {path}: holds another run, or something else; choose another file")
-    return {line["i"]: line for line in lines if "i" in line}
-
-
-def collect(path, header, make, size, rank, world):
-    """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
-    share, and added in one write each, so that any number of ranks may write and be killed."""
-    wait = dist.barrier if world > 1 else lambda: None
-    missing = sorted(set(range(size)) - read_lines(path, header).keys())
-    wait()                                               # all have read before anyone writes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as f:
-        if rank == 0 and missing:
-            f.write(f"\n{json.dumps(header)}\n".encode())                # the first \n ends a broken line
-        wait()
-        for i in tqdm(missing[rank::world], desc="answers", unit="prompt", disable=rank > 0 or None):
-            f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
-    wait()
-    lines = read_lines(path, header)
-    return [lines[i] for i in range(size)]
 
 
 def beyond(x, t, d, price=0.0):
@@ -272,27 +243,12 @@ def identity(args, work, settings):
     return json.loads(json.dumps(header))                # as it will be read back
 
 
-def main():
-    args, rank, world = parse_args(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
-    sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
-    model, tokenizer, lite = load_for_decoding(args)
-    L = model.args.n_layers
+def evaluate(args, model, tokenizer, lite, work, exits, how):
+    """Answer all that the file of answers lacks, under every setting; on rank 0 print and write the figures."""
+    L, rank, world = model.args.n_layers, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
-    exits = list(exit_rule([1.0], args.exits, lite, L))
     if "thresholds" in lite:
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
-    work = [(name, e, tokenizer.encode(prompt_text(e), bos=True)) for name, e in sets]
-    work = [(name, e, prompt) for name, e, prompt in work if len(prompt) < model.args.max_seq_len]
-    if not exits or not work:
-        raise InputError(f"found {len(exits)} exits below layer {L} (--exits names some), and {len(work)} of "
-                         f"{len(sets)} prompts shorter than the context of {model.args.max_seq_len} tokens")
-    if rank == 0 and len(work) < len(sets):
-        print(f"{len(sets) - len(work)} prompts fill the context of {model.args.max_seq_len}: left out")
-    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
-    if args.calibrate:
-        tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.calibrate)
-        return write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
     settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
     header = identity(args, work, settings)
@@ -313,6 +269,27 @@ def main():
     path.with_suffix(".json").write_text(json.dumps(result) + "\n")
     show(result)
     print(f"answers: {path}; figures, for docs/plots.py: {path.with_suffix('.json')}")
+
+
+def main():
+    args = parse_args()
+    sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
+    sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
+    model, tokenizer, lite = load_for_decoding(args)
+    L, room = model.args.n_layers, model.args.max_seq_len
+    exits = list(exit_rule([1.0], args.exits, lite, L))
+    work = [(name, e, tokenizer.encode(prompt_text(e), bos=True)) for name, e in sets]
+    work = [(name, e, prompt) for name, e, prompt in work if len(prompt) < room]
+    if not exits or not work:
+        raise InputError(f"found {len(exits)} exits below layer {L} (--exits names some), and {len(work)} of "
+                         f"{len(sets)} prompts shorter than the context of {room} tokens")
+    if len(work) < len(sets):
+        print(f"{len(sets) - len(work)} prompts fill the context of {room} tokens: left out", file=sys.stderr)
+    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
+    if not args.calibrate:
+        return evaluate(args, model, tokenizer, lite, work, exits, how)
+    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.calibrate)
+    write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
 
 
 if __name__ == "__main__":

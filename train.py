@@ -101,7 +101,7 @@ def load_optimizer(folder, model, optimizer):
     for path in sorted(folder.glob("optimizer.*.pt")):               # mapped: only what is copied is read
         saved |= load_tensors(path)
     if saved.keys() != params.keys():
-        raise InputError(f"{folder}: has {len(saved)} of {len(params)} states; is an optimizer.NN.pt missing?")
+        raise InputError(f"{folder}: {len(saved)} of {len(params)} states; is an optimizer.NN.pt missing?")
     for name, p in params.items():
         p.copy_(saved[name]["master"])
     for name, state in optimizer_state(model, optimizer).items():
@@ -202,7 +202,7 @@ def flags():
 
 
 def resolve(parser):
-    """The run's settings, from flags and recipe, and 0; on --resume those of the run in --out and its step."""
+    """The settings, from flags and recipe, and 0; on --resume those of the run in --out and its step."""
     args = parser.parse_args()
     out = Path(args.out)
     if not args.resume:

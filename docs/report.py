@@ -1,13 +1,18 @@
-"""What eval.py found, in figures: their intervals, by set and category, and their tables.
+"""eval.py's books: the file of answers, their figures by set and category, with intervals, and the tables.
 
-eval.py ends with this, which is bookkeeping, and so lies apart.  Intervals are 95 %, by prompt: the tokens of a prompt
-are not independent.
+It lies apart because none of it is LITE.  Intervals are 95 %, by prompt: the tokens of a prompt are not independent.
 """
+import json
 import math
+from contextlib import suppress
 from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from model import InputError
 
 FULL, ORACLE = "full depth", "oracle"
 FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), the oracle's (o)
@@ -25,6 +30,35 @@ FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), 
     "similarity": lambda s, f, o: s.similarity / s.prompts,
     "perplexity": lambda s, f, o: np.exp(s.loss / s.length),
     "tokens an answer": lambda s, f, o: s.length / s.prompts}
+
+
+def read_lines(path, header):
+    """{i: line} of a results file; InputError if it is another run's. A line cut short by a kill is none."""
+    lines = []
+    for text in path.read_text().split("\n") if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    if not all("i" in line or line == header for line in lines) or lines and lines[0] != header:
+        raise InputError(f"--out {path}: holds another run, or something else; choose another file")
+    return {line["i"]: line for line in lines if "i" in line}
+
+
+def collect(path, header, make, size, rank, world):
+    """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
+    share, and added in one write each, so that any number of ranks may write and be killed."""
+    wait = dist.barrier if world > 1 else lambda: None
+    missing = sorted(set(range(size)) - read_lines(path, header).keys())
+    wait()                                               # all have read before anyone writes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        if rank == 0 and missing:
+            f.write(f"\n{json.dumps(header)}\n".encode())                # the first \n ends a broken line
+        wait()
+        for i in tqdm(missing[rank::world], desc="answers", unit="prompt", disable=rank > 0 or None):
+            f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
+    wait()
+    lines = read_lines(path, header)
+    return [lines[i] for i in range(size)]
 
 
 def rate(hits, counts, z=1.96):

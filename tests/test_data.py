@@ -138,7 +138,7 @@ def test_alpaca_json_and_jsonl_read_the_same(tmp_path):
 FORMATS = {
     '{"question_id": 1, "text": "Q", "category": "generic"}': example("Q", "", None, "generic"),
     '{"id": "koala_5", "prompt": "Q"}': example("Q", "", None, ""),
-    '{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Q"}': example("Q", "", None, "Math; difficulty 3"),
+    '{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Q"}': example("Q", "", None, "Math; level 3"),
     '{"id": "t0", "motivation_app": "Tool", "instruction": "Q", "instances": [{"input": "I", "output": "O"}]}':
         example("Q", "I", "O", "Tool")}
 

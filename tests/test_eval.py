@@ -375,7 +375,7 @@ def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
     call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 'v.jsonl'} {tmp_path / 'w.jsonl'} --threshold 0.8 --max-new-tokens 8 "
          f"--out {tmp_path / 'r.jsonl'}")
     result, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
-    assert set(result["sets"]) == {"v", "w", "all sets"} and set(result["sets"]["w"]["groups"]) == {"Math", "difficulty 3"}
+    assert set(result["sets"]) == {"v", "w", "all sets"} and set(result["sets"]["w"]["groups"]) == {"Math", "level 3"}
     assert result["teacher_forced"] == [] and result["sets"]["v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
     assert "agreement % in v" in out and "exact match % in" not in out
 
