@@ -244,7 +244,7 @@ def identity(args, work, settings):
 
 
 def evaluate(args, model, tokenizer, lite, work, exits, how):
-    """Answer all that the file of answers lacks, under every setting; on rank 0 print and write the figures."""
+    """Answer all that the file of answers lacks, under every setting; rank 0 prints and writes the figures."""
     L, rank, world = model.args.n_layers, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
     if "thresholds" in lite:
