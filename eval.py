@@ -32,7 +32,7 @@ from docs.report import FULL, ORACLE, collect, rate, report, show, table
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
-MARGINS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0)       # on the way from the target to 1: what is aimed at
+MARGINS = (0.8, 0.7, 0.6, *np.arange(0.5, -0.01, -0.05))         # of the way from the target to 1, to aim at
 
 
 @torch.no_grad()
@@ -166,32 +166,32 @@ def cheapest(candidates, d, agreement):
     return candidates[min(good, key=lambda k: cost[k].mean())] if good else np.ones(d.sure.shape[1])
 
 
-def calibrate(model, prompts, exits, how, target):
+def calibrate(model, prompts, exits, how, target, single=False):
     """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
     each exit would have said, and certified on the rest, by generating with them.  Candidates come from safe
     to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
     all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
-    For comparison, the same with one threshold for all exits.  Returns what was tried: [dict]."""
+    Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
-    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], desc="choose", disable=None)]
+    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
     cost = [*(n * layer for n in exits), L * layer + head]
     d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
-    paths = {"one for all": [np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 500))],
-             "one an exit": [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 100)]}
-    for kind, margin in ((kind, margin) for kind in paths for margin in MARGINS):
-        if tries and tries[-1]["kind"] == kind and not tries[-1]["certified"]:
+    candidates = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 500))] if single else
+                  [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
+    for aim in (target + margin * (1 - target) for margin in MARGINS):
+        t = dict(zip(exits, cheapest(candidates, d, aim).tolist()))
+        if tries and (t == tries[-1]["thresholds"] or not tries[-1]["certified"]):
             continue
-        t = cheapest(paths[kind], d, target + margin * (1 - target)).tolist()
-        told = [measure(model, p, L, dict(zip(exits, t)), how).numbers
-                for p in tqdm(prompts[1::2], desc=f"certify {kind}", disable=None)]
+        told = [measure(model, p, L, t, how).numbers
+                for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
         total = {key: sum(a[key] for a in told) for key in told[0]}
         agreement, bound, _, n = rate([a["agreed"] for a in told], [a["steps"] for a in told], 1.645)
         tries.append(dict(
-            kind=kind, margin=margin, target=target, thresholds=dict(zip(exits, t)), agreement=agreement,
-            bound=bound, certified=bound >= target, prompts=len(told), tokens=n,
+            aim=aim, target=target, thresholds=t, agreement=agreement, bound=bound, certified=bound >= target,
+            prompts=len(told), tokens=n,
             **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
     return tries
 
@@ -201,11 +201,10 @@ def write_thresholds(path, lite, exits, tries, how):
     columns = ("layers saved", "FLOPs saved", "bytes saved")
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", *columns, "thresholds"], {
-        f"{t['kind']}, aim {100 * (t['target'] + t['margin'] * (1 - t['target'])):.2f}": [
+        f"aim {100 * t['aim']:.2f}": [
             *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
             " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
-    good = [t for t in tries if t["certified"] and t["kind"] == "one an exit"]
-    if not good:
+    if not (good := [t for t in tries if t["certified"]]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
     part = path.with_suffix(".tmp")
