@@ -32,7 +32,7 @@ from docs.report import FULL, ORACLE, collect, rate, report, show, table
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
-MARGINS = (0.8, 0.7, 0.6, *np.arange(0.5, -0.01, -0.05))         # of the way from the target to 1, to aim at
+MARGINS = (0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
 
 
 @torch.no_grad()
@@ -179,8 +179,9 @@ def calibrate(model, prompts, exits, how, target, single=False):
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
     cost = [*(n * layer for n in exits), L * layer + head]
     d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
-    candidates = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 500))] if single else
-                  [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
+    path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
+            [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
+    candidates = [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]         # and between
     for aim in (target + margin * (1 - target) for margin in MARGINS):
         t = dict(zip(exits, cheapest(candidates, d, aim).tolist()))
         if tries and (t == tries[-1]["thresholds"] or not tries[-1]["certified"]):
