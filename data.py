@@ -196,7 +196,8 @@ def read_row(row):
     """The example in one record; an AttributeError, TypeError, KeyError or IndexError if it is not one."""
     read = next((f for keys, f in READERS.items() if row.keys() >= set(keys.split())), None)
     example = dict(zip(("instruction", "input", "output", "group"), read(row)))
-    if not all(isinstance(v, str) for k, v in example.items() if (k, v) != ("output", None)):
+    if not all(isinstance(v, str) and not re.search("[\ud800-\udfff]", v)                # half of a pair
+               for k, v in example.items() if (k, v) != ("output", None)):
         raise TypeError
     return example
 

@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from datetime import timedelta
@@ -32,7 +33,7 @@ from docs.report import FULL, ORACLE, collect, rate, report, show, table
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
-MARGINS = (0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
+MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
 
 
 @torch.no_grad()
@@ -122,7 +123,8 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
         exact = None if e["output"] is None else int(text == e["output"].strip())
         runs[setting] = dict(text=text, exits=a.exits[1:], agrees=a.agrees, exact=exact, **a.numbers,
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
-    best = [next((n for n, ok in zip(exits, column) if ok), L) for column in zip(*full.right)]
+    columns = zip(*full.right or [full.agrees])          # of a token each; all of them empty without exits
+    best = [next((n for n, ok in zip(exits, column) if ok), L) for column in columns]
     asks = np.array(best, dtype=int) < L                 # the oracle knows where, and asks there alone
     runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **costs(model, full, best, asks, L))
     runs[FULL] |= dict(sure=full.sure, right=full.right)
@@ -174,6 +176,9 @@ def calibrate(model, prompts, exits, how, target, single=False):
     Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
+    if len(prompts) < 2 or not exits or not any(a.agrees for a in told):
+        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} "
+                         f"tokens and {len(exits)} exits; expected two prompts, answers of two tokens, and an exit")
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
@@ -189,10 +194,12 @@ def calibrate(model, prompts, exits, how, target, single=False):
         told = [measure(model, p, L, t, how).numbers
                 for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
         total = {key: sum(a[key] for a in told) for key in told[0]}
-        agreement, bound, _, n = rate([a["agreed"] for a in told], [a["steps"] for a in told], 1.645)
+        agreed, steps, n = [a["agreed"] for a in told], [a["steps"] for a in told], total["steps"]
+        bad = n / len(told)                              # bad prompts are rare: count on one more, half wrong
+        bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
         tries.append(dict(
-            aim=aim, target=target, thresholds=t, agreement=agreement, bound=bound, certified=bound >= target,
-            prompts=len(told), tokens=n,
+            aim=aim, target=target, thresholds=t, agreement=sum(agreed) / max(1, n), bound=bound,
+            certified=bound >= target, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
     return tries
 
@@ -205,7 +212,7 @@ def write_thresholds(path, lite, exits, tries, how):
         f"aim {100 * t['aim']:.2f}": [
             *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
             " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
-    if not (good := [t for t in tries if t["certified"]]):
+    if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
     part = path.with_suffix(".tmp")
@@ -234,12 +241,14 @@ def parse_args():
     return args
 
 
-def identity(args, work, settings):
+def identity(args, model, work, settings):
     """What makes a run: its settings, and a checksum of its prompts and of the checkpoint's files' dates."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in sorted(args.ckpt.glob("*.*"))]
-    flags = {key: value for key, value in vars(args).items() if key not in ("out", "device", "calibrate")}
-    header = dict(settings=flags | dict(ckpt=str(args.ckpt)), rules=settings,
-                  crc=zlib.crc32(repr((work, files)).encode()))
+    ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
+    files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate")}
+    flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
+    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files)).encode()))
     return json.loads(json.dumps(header))                # as it will be read back
 
 
@@ -251,11 +260,14 @@ def evaluate(args, model, tokenizer, lite, work, exits, how):
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
     settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
-    header = identity(args, work, settings)
+    header = identity(args, model, work, settings)
     name = (args.ckpt.parent if args.ckpt.name == "latest" else args.ckpt).resolve().name
     path = Path(args.out or f"results/{name}-{zlib.crc32(repr(header).encode()):08x}.jsonl")
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=9))           # the slowest rank is waited for
+    if {Path(p).resolve() for p in args.data or []} & {path.resolve(), path.with_suffix(".json").resolve()}:
+        raise InputError(f"--out {path}: it, or the .json beside it, is one of --data; choose another name")
+    answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
     make = lambda i: compare(model, tokenizer, *work[i], settings, exits, how)  # noqa: E731
     lines = collect(path, header, make, len(work), rank, world)
     if world > 1:
@@ -276,14 +288,12 @@ def main():
     sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
-    L, room = model.args.n_layers, model.args.max_seq_len
-    exits = list(exit_rule([1.0], args.exits, lite, L))
+    exits, room = list(exit_rule([1.0], args.exits, lite, model.args.n_layers)), model.args.max_seq_len
     work = [(name, e, tokenizer.encode(prompt_text(e), bos=True)) for name, e in sets]
     work = [(name, e, prompt) for name, e, prompt in work if len(prompt) < room]
-    if not exits or not work:
-        raise InputError(f"found {len(exits)} exits below layer {L} (--exits names some), and {len(work)} of "
-                         f"{len(sets)} prompts shorter than the context of {room} tokens")
-    if len(work) < len(sets):
+    if not work:
+        raise InputError(f"all {len(sets)} prompts fill the context of {room} tokens; take shorter ones")
+    if len(work) < len(sets) and os.environ.get("RANK", "0") == "0":
         print(f"{len(sets) - len(work)} prompts fill the context of {room} tokens: left out", file=sys.stderr)
     how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
     if not args.calibrate:

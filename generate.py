@@ -218,7 +218,8 @@ def load_for_decoding(args):
     args.ckpt = folder = find_checkpoint(folder)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
-    check_exits(lite.get("exits", []), model.args.n_layers)
+    for stored in (lite.get("exits", []), sorted(map(int, lite.get("thresholds", {})))):
+        check_exits(stored, model.args.n_layers)
     if max(lite.get("shortlist", []), default=0) >= model.args.vocab_size:
         raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
@@ -295,9 +296,11 @@ def main():
     painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
-    if args.threshold is None and "calibration" in lite:
+    found, dtype = lite.get("calibration", {}), str(model.output.weight.dtype)           # of this setting?
+    if args.shortlist is None and not args.temperature and found.get("dtype") == dtype and (
+            thresholds == {int(n): t for n, t in found["thresholds"].items()}):
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
+              "{bound:.1%} with 95 % confidence".format_map(found), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -34,11 +34,12 @@ FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), 
 
 def read_lines(path, header):
     """{i: line} of a results file; InputError if it is another run's. A line cut short by a kill is none."""
-    lines = []
-    for text in path.read_text().split("\n") if path.exists() else []:
+    lines, text = [], path.read_text(errors="replace").strip() if path.exists() else ""
+    for line in text.split("\n"):
         with suppress(ValueError):
-            lines.append(json.loads(text))
-    if not all("i" in line or line == header for line in lines) or lines and lines[0] != header:
+            lines.append(json.loads(line))
+    if text and not text.startswith('{"settings"') or lines and lines[0] != header or not all(
+            isinstance(line, dict) and ("i" in line or line == header) for line in lines):
         raise InputError(f"--out {path}: holds another run, or something else; choose another file")
     return {line["i"]: line for line in lines if "i" in line}
 

@@ -19,7 +19,7 @@ import eval as E
 import generate as G
 from docs import report as R
 from conftest import ROOT, random_model
-from model import IGNORE, InputError, load_meta, read_lite
+from model import IGNORE, InputError, load_meta, read_lite, save_meta
 from reference import Llama
 import questions as Q
 
@@ -301,11 +301,34 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
     said = capsys.readouterr().err
     assert "lite.json, for 95.0% agreement" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
+    for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5"):       # not what was certified
+        call(monkeypatch, G, f"--ckpt {folder} --limit 1 {other}")
+        assert "95 % confidence" not in capsys.readouterr().err
     model, tokenizer = load_meta(folder, torch.float32), D.Tokenizer.load(folder)              # and on fresh questions they hold
     how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
     rule = {int(n): t for n, t in lite["thresholds"].items()}
     told = [E.measure(model, tokenizer.encode(D.prompt_text(e), bos=True), 8, rule, how).numbers for e in Q.embedded(400, split="test")[240:]]
     assert R.rate([a["agreed"] for a in told], [a["steps"] for a in told])[2] >= 0.95
+
+
+@pytest.mark.parametrize("flags, where", [
+    ("--limit 1 --calibrate 0.9", "1 prompts"), ("--limit 4 --max-new-tokens 1 --calibrate 0.9", "answers of two"),
+    ("--data DIR/d.jsonl --out DIR/d.jsonl", "one of --data"), ("--data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
+    ("--data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--data DIR/half.jsonl", "line 1")])
+def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, where):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "Say hen."}\n')
+    (tmp_path / "five.jsonl").write_text("5\n")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} {flags.replace('DIR', str(tmp_path))}", fails=where)
+
+
+def test_a_model_without_exits_is_evaluated_too(tmp_path, monkeypatch, capsys):
+    model = random_model(n_layers=2, vocab_size=512)
+    (tmp_path / "m").mkdir()
+    save_meta(tmp_path / "m", model, D.Tokenizer.load(ROOT / "tiny"), {})
+    call(monkeypatch, E, f"--ckpt {tmp_path / 'm'} --data {ROOT / 'tiny' / 'test.jsonl.gz'} --limit 3 --max-new-tokens 5 --threshold --out {tmp_path / 'r.jsonl'}")
+    rows = json.loads((tmp_path / "r.json").read_text())["sets"]["test"]["rows"]
+    assert set(rows) == {"full depth", "oracle"} and rows["oracle"]["layers"][0] == 2
 
 
 def call(monkeypatch, module, command, fails=None):
