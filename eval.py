@@ -178,7 +178,7 @@ def calibrate(model, prompts, exits, how, target, single=False):
     told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
     if len(prompts) < 2 or not exits or not any(a.agrees for a in told):
         raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} "
-                         f"tokens and {len(exits)} exits; expected two prompts, answers of two tokens, and an exit")
+                         f"tokens, {len(exits)} exits; expected two prompts, answers of two tokens, an exit")
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
