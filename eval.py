@@ -15,25 +15,22 @@ import copy
 import json
 import math
 import os
-import re
 import sys
 import zlib
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import Parser, collate, embedded, number, prompt_text, read_examples, run, tokenize
-from docs.report import FULL, ORACLE, collect, rate, report, show, table
+from data import collate, embedded, prompt_text, read_examples, tokenize
+from docs.cli import Parser, number, run
+from docs.report import FULL, ORACLE, collect, identity, report, show
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
-MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
 
 
 @torch.no_grad()
@@ -131,97 +128,6 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
 
 
-def beyond(x, t, d, price=0.0):
-    """What each of N tokens costs once it is past exit number x, under thresholds t (X,): the weights that it
-    reads, and `price` if it leaves with another token than the last layer's."""
-    cost = np.full(len(d.ask), d.cost[-1], dtype=float)
-    for y in reversed(range(x + 1, len(t))):
-        if t[y] < 1:
-            cost = d.ask + np.where(d.sure[:, y] > t[y], d.cost[y] + price * d.wrong[:, y], cost)
-    return cost
-
-
-def best_thresholds(d, price):
-    """The thresholds (X,) that cost least if a disagreement costs `price`, as far as changing one at a time
-    goes.  For one exit it is the best of all: in order of confidence, the gain of letting the first k tokens
-    that get there leave is a running sum.  If nobody leaves, the checks are saved (t = 1)."""
-    t = np.ones(d.sure.shape[1])
-    for _ in range(20):                                  # mostly it is there after three
-        before = t.copy()
-        for x in reversed(range(len(t))):
-            here = np.flatnonzero(~(d.sure[:, :x] > t[:x]).any(1))
-            here = here[np.argsort(-d.sure[here, x], kind="stable")]
-            sure = np.append(d.sure[here, x], 0)         # (n+1,)
-            gain = (beyond(x, t, d, price) - d.cost[x] - price * d.wrong[:, x])[here].cumsum()
-            gain[sure[1:] == sure[:-1]] = -np.inf        # who is equally sure leaves together
-            k = np.argmax([d.ask[here].sum(), *gain])
-            t[x] = (sure[k - 1] + sure[k]) / 2 if k else 1
-        if (t == before).all():
-            break
-    return t
-
-
-def cheapest(candidates, d, agreement):
-    """The candidate thresholds that read least while at least so many tokens are the last layer's."""
-    cost = [beyond(-1, t, d) for t in candidates]
-    good = [k for k, t in enumerate(candidates) if (beyond(-1, t, d, 1) - cost[k]).mean() <= 1 - agreement]
-    return candidates[min(good, key=lambda k: cost[k].mean())] if good else np.ones(d.sure.shape[1])
-
-
-def calibrate(model, prompts, exits, how, target, single=False):
-    """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
-    each exit would have said, and certified on the rest, by generating with them.  Candidates come from safe
-    to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
-    all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
-    Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
-    L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
-    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
-    if len(prompts) < 2 or not exits or not any(a.agrees for a in told):
-        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} "
-                         f"tokens, {len(exits)} exits; expected two prompts, answers of two tokens, an exit")
-    sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
-    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
-    ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
-    cost = [*(n * layer for n in exits), L * layer + head]
-    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
-    path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
-            [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
-    candidates = [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]         # and between
-    for aim in (target + margin * (1 - target) for margin in MARGINS):
-        t = dict(zip(exits, cheapest(candidates, d, aim).tolist()))
-        if tries and (t == tries[-1]["thresholds"] or not tries[-1]["certified"]):
-            continue
-        told = [measure(model, p, L, t, how).numbers
-                for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
-        total = {key: sum(a[key] for a in told) for key in told[0]}
-        agreed, steps, n = [a["agreed"] for a in told], [a["steps"] for a in told], total["steps"]
-        bad = n / len(told)                              # bad prompts are rare: count on one more, half wrong
-        bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
-        tries.append(dict(
-            aim=aim, target=target, thresholds=t, agreement=sum(agreed) / max(1, n), bound=bound,
-            certified=bound >= target, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
-            **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
-    return tries
-
-
-def write_thresholds(path, lite, exits, tries, how):
-    """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
-    columns = ("layers saved", "FLOPs saved", "bytes saved")
-    table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
-        "agreement", "at least", *columns, "thresholds"], {
-        f"aim {100 * t['aim']:.2f}": [
-            *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
-            " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
-    if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
-        raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
-                         f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps({"exits": exits, **lite, "thresholds": good[-1]["thresholds"],
-                                "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
-    part.replace(path)
-    print(f"thresholds written to {path}; generate.py without --threshold takes them")
-
-
 def parse_args():
     parser = Parser(__doc__)
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
@@ -239,17 +145,6 @@ def parse_args():
     if args.calibrate and "RANK" in os.environ:
         raise InputError("--calibrate runs in one process: start it with python, not torchrun")
     return args
-
-
-def identity(args, model, work, settings):
-    """What makes a run: its settings, and a checksum of its prompts and of the checkpoint's files' dates."""
-    ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
-    files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
-    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate")}
-    flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
-    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files)).encode()))
-    return json.loads(json.dumps(header))                # as it will be read back
 
 
 def evaluate(args, model, tokenizer, lite, work, exits, how):
@@ -298,6 +193,7 @@ def main():
     how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
     if not args.calibrate:
         return evaluate(args, model, tokenizer, lite, work, exits, how)
+    from docs.calibrate import calibrate, write_thresholds           # not at the top: it imports this file
     tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.calibrate)
     write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
 

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 import torch
 
-from data import TINY_FOLDER, Parser, Tokenizer, embedded, pick_device, prompt_text, read_examples, run
+from data import TINY_FOLDER, Tokenizer, embedded, prompt_text, read_examples
+from docs.cli import Parser, pick_device, run
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
 
 
@@ -128,13 +129,13 @@ class Decoder:
         while sure > self.thresholds.get(n, 1) and len(drafts) < longest:
             q = self.distribution(logits)
             drafts.append((self.draw(q), q))
-            h, _, sure, logits = self.climb(drafts[-1][0], pos + len(drafts), {n: 0})
+            h, _, sure, logits = self.climb(drafts[-1][0], pos + len(drafts), {n: 0})      # to n, in any case
             rows.append(h)
         h, chosen = torch.cat(rows, 1), []                           # (1, drafts + 1, D), all at n
         for block, kv in zip(self.model.layers[n:], self.cache[n:]):
             h = block(h, pos, kv)
         self.drafts += [len(drafts)]
-        for (guess, q), logits in zip([*drafts, (None, 0)], self.model.logits(h[0])):
+        for (guess, q), logits in zip([*drafts, (None, 0)], self.model.logits(h[0])):     # last: no draft
             p = self.distribution(logits)
             if guess is None or torch.rand((), generator=self.rng, device=p.device) * q[guess] >= p[guess]:
                 rest = (p - q).clamp(min=0)              # rounding alone may leave nothing of it

@@ -53,7 +53,7 @@ class ModelArgs:
 
 
 def default_exits(n_layers):
-    """The paper's exits: every 4th layer from the 8th (7B: 8..28, 13B: 8..36); every 2nd in a small model."""
+    """The exits known of LITE's 7B, every 4th layer from the 8th, for all; every 2nd in a small model."""
     return list(range(8, n_layers, 4)) if n_layers >= 16 else list(range(2, n_layers, 2))
 
 

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device,
-                  read_examples, run, share, tokenize)
+from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, read_examples, share, tokenize
+from docs.cli import Parser, number, pick_device, run
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
@@ -209,6 +209,8 @@ def resolve(parser):
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
         if out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
+        if args.epochs and not args.ckpt and not args.data:
+            raise InputError("--epochs: without --data each step has questions of its own; give --steps")
         for key, (tiny, ckpt, *_) in RECIPES.items():
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, ckpt if args.ckpt else tiny)
@@ -240,7 +242,7 @@ def load_examples(args):
 
 
 def choose_exits(args, shape, folder=None):
-    """Fill in --exits and --weights, from the checkpoint's lite.json where there is one, and check them."""
+    """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
@@ -377,6 +379,7 @@ def open_log(path, step):
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = path.with_name(".log.tmp"), path.read_text().splitlines(True) if step and path.exists() else []
     found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in old]          # the last may be half written
+    # Of the step itself the training line stays; its validation is done again.
     tmp.write_text("".join(m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])))
     tmp.replace(path)
     return path.open("a", buffering=1)                   # a line at a time

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Parser, number, run  # noqa: E402
+from docs.cli import Parser, number, run  # noqa: E402
 from model import LOGIT_ROWS, InputError, Transformer, find_checkpoint, read_args  # noqa: E402
 from train import GIB, RECIPES, choose_exits, optimizer_for  # noqa: E402
 

@@ -4,6 +4,8 @@ It lies apart because none of it is LITE.  Intervals are 95 %, by prompt: the to
 """
 import json
 import math
+import re
+import zlib
 from contextlib import suppress
 from functools import lru_cache
 from types import SimpleNamespace
@@ -30,6 +32,17 @@ FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), 
     "similarity": lambda s, f, o: s.similarity / s.prompts,
     "perplexity": lambda s, f, o: np.exp(s.loss / s.length),
     "tokens an answer": lambda s, f, o: s.length / s.prompts}
+
+
+def identity(args, model, work, settings):
+    """What makes a run: its settings, and a checksum of its prompts and of the checkpoint's files' dates."""
+    ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
+    files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate")}
+    flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
+    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files)).encode()))
+    return json.loads(json.dumps(header))                # as it will be read back
 
 
 def read_lines(path, header):

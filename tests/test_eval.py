@@ -17,6 +17,7 @@ import bench
 import data as D
 import eval as E
 import generate as G
+from docs import calibrate as C
 from docs import report as R
 from conftest import ROOT, random_model
 from model import IGNORE, InputError, load_meta, read_lite, save_meta
@@ -236,13 +237,13 @@ def test_thresholds_cost_least_for_every_price_of_a_disagreement(seed):
     grid = [0, *np.unique(d.sure) - 0.005, 1.0]
     for price in (10, 100, 300, 1000, 1e5):
         value = lambda t: naive(t, d)[0] + price * naive(t, d)[1]  # noqa: E731
-        t = E.best_thresholds(d, price)
-        assert (E.beyond(-1, t, d).sum(), E.beyond(-1, t, d, 1.0).sum() - E.beyond(-1, t, d).sum()) == pytest.approx(naive(t, d))
+        t = C.best_thresholds(d, price)
+        assert (C.beyond(-1, t, d).sum(), C.beyond(-1, t, d, 1.0).sum() - C.beyond(-1, t, d).sum()) == pytest.approx(naive(t, d))
         for x in range(2):                               # one at a time: none is better; and one exit alone is a global best
             assert all(value(t) <= value([*t[:x], other, *t[x + 1:]]) + 1e-6 for other in grid)
         one = SimpleNamespace(sure=d.sure[:, :1], wrong=d.wrong[:, :1], ask=d.ask, cost=[d.cost[0], d.cost[-1]])
         best = min(naive([t], one)[0] + price * naive([t], one)[1] for t in grid)
-        assert sum(naive(E.best_thresholds(one, price), one) * np.array([1, price])) == pytest.approx(best)
+        assert sum(naive(C.best_thresholds(one, price), one) * np.array([1, price])) == pytest.approx(best)
 
 
 def test_the_cheapest_that_agrees_enough():
@@ -252,8 +253,8 @@ def test_the_cheapest_that_agrees_enough():
     assert shares[0] < shares[-1] == 1
     for aim in (0.5, 0.9, 0.99, 1.0):
         want = min((naive(t, d)[0], i) for i, t in enumerate(every) if shares[i] >= aim)[1]
-        assert E.cheapest(every, d, aim) is every[want]
-    assert E.cheapest(every[:1], d, 0.99).tolist() == [1, 1]         # none: nobody leaves
+        assert C.cheapest(every, d, aim) is every[want]
+    assert C.cheapest(every[:1], d, 0.99).tolist() == [1, 1]         # none: nobody leaves
 
 
 # --- the committed tiny model keeps what the README says of it ---------------------------------------------------------

@@ -415,21 +415,3 @@ def test_a_prompt_that_fills_the_context_is_refused_and_answers_stop_at_its_end(
     out = command(monkeypatch, capsys, "--ckpt", checkpoint, "--raw", "bed box", "--max-new-tokens", 500, "--json")
     found = json.loads(out.out)
     assert len(found["prompt_tokens"]) + len(found["tokens"]) == 64 or found["tokens"][-1] == 2
-
-
-def test_a_real_model_leaves_as_the_eager_loop_says(real):
-    """At three thresholds, on a tuned real model: tokens and exits equal the naive loop's; three exits fire, or all if it has fewer."""
-    from data import Tokenizer, prompt_text
-    from model import find_checkpoint, read_lite
-    model = load_meta(real, torch.float32)
-    exits = read_lite(find_checkpoint(real)).get("exits")
-    if not exits:
-        pytest.skip("LITE_REAL_CKPT was not tuned with LITE: its exits are never sure")
-    tokenizer, seen = Tokenizer.load(find_checkpoint(real)), collections.Counter()
-    prompt = tokenizer.encode(prompt_text(dict(instruction="Name three colours.", input="")), bos=True)
-    for threshold in (0.2, 0.4, 0.6):
-        rule = {n: threshold for n in exits}
-        tokens, depths = run(model, 24, rule, prompt=prompt)
-        assert (tokens, depths) == Llama.of(model).early_exit(prompt, 24, rule)
-        seen.update(depths[1:])
-    assert len(seen - collections.Counter({model.args.n_layers: 10 ** 9})) >= min(3, len(exits)) and seen[model.args.n_layers] > 0, seen

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, random_model
 from model import (InputError, ModelArgs, Transformer, default_exits, find_checkpoint, lite_loss, load_meta, read_args,
                    save_meta)
-from reference import Llama, as_transformers
+from reference import Llama
 
 SPLIT = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}     # Meta's
 
@@ -220,17 +220,3 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path):
         load_meta(write_folder(tmp_path / "b", model, n_layers=7))
     with pytest.raises(InputError, match=r"feed_forward.w1.weight is \(128, 48\), params.json says \(160, 48\)"):
         load_meta(write_folder(tmp_path / "c", model, multiple_of=80))
-
-
-def test_the_real_model_speaks_as_transformers_says(real):
-    """SmolLM2 in Meta's format, 1 or more shards: 24 greedy tokens for 5 prompts, fp32, equal LlamaForCausalLM's."""
-    pytest.importorskip("transformers")
-    from data import Tokenizer
-    from generate import generate
-    model = load_meta(real, torch.float32)
-    other = as_transformers(model)
-    tokenizer = Tokenizer.load(find_checkpoint(real), model.args.vocab_size)
-    for text in ("The capital of France is", "def add(a, b):", "Once upon a time", "Water boils at", "My favourite colour"):
-        prompt = tokenizer.encode(text, bos=True)
-        want = other.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        assert [t for t, _ in generate(model, prompt, 24)] == want[0, len(prompt):].tolist()

@@ -1,0 +1,109 @@
+"""eval.py --calibrate: thresholds that are measured, chosen on half of the prompts and certified on the rest.
+
+Leaving with another token than the last layer's is given a price.  Every price has its best thresholds
+(`best_thresholds`), a higher one safer ones.  Which price to take is a matter of statistics (`calibrate`).
+"""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from docs.report import rate, table
+from eval import measure
+from model import InputError
+
+MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
+
+
+def beyond(x, t, d, price=0.0):
+    """What each of N tokens costs once it is past exit number x, under thresholds t (X,): the weights that it
+    reads, and `price` if it leaves with another token than the last layer's."""
+    cost = np.full(len(d.ask), d.cost[-1], dtype=float)
+    for y in reversed(range(x + 1, len(t))):
+        if t[y] < 1:
+            cost = d.ask + np.where(d.sure[:, y] > t[y], d.cost[y] + price * d.wrong[:, y], cost)
+    return cost
+
+
+def best_thresholds(d, price):
+    """The thresholds (X,) that cost least if a disagreement costs `price`, as far as changing one at a time
+    goes.  For one exit it is the best of all: in order of confidence, the gain of letting the first k tokens
+    that get there leave is a running sum.  If nobody leaves, the checks are saved (t = 1)."""
+    t = np.ones(d.sure.shape[1])
+    for _ in range(20):                                  # mostly it is there after three
+        before = t.copy()
+        for x in reversed(range(len(t))):
+            here = np.flatnonzero(~(d.sure[:, :x] > t[:x]).any(1))
+            here = here[np.argsort(-d.sure[here, x], kind="stable")]
+            sure = np.append(d.sure[here, x], 0)         # (n+1,)
+            gain = (beyond(x, t, d, price) - d.cost[x] - price * d.wrong[:, x])[here].cumsum()
+            gain[sure[1:] == sure[:-1]] = -np.inf        # who is equally sure leaves together
+            k = np.argmax([d.ask[here].sum(), *gain])
+            t[x] = (sure[k - 1] + sure[k]) / 2 if k else 1
+        if (t == before).all():
+            break
+    return t
+
+
+def cheapest(candidates, d, agreement):
+    """The candidate thresholds that read least while at least so many tokens are the last layer's."""
+    cost = [beyond(-1, t, d) for t in candidates]
+    good = [k for k, t in enumerate(candidates) if (beyond(-1, t, d, 1) - cost[k]).mean() <= 1 - agreement]
+    return candidates[min(good, key=lambda k: cost[k].mean())] if good else np.ones(d.sure.shape[1])
+
+
+def calibrate(model, prompts, exits, how, target, single=False):
+    """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
+    each exit would have said, and certified on the rest, by generating with them.  Candidates come from safe
+    to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
+    all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
+    Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
+    L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
+    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
+    if len(prompts) < 2 or not exits or not any(a.agrees for a in told):
+        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} "
+                         f"tokens, {len(exits)} exits; expected two prompts, answers of two tokens, an exit")
+    sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
+    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
+    ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
+    cost = [*(n * layer for n in exits), L * layer + head]
+    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
+    path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
+            [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
+    candidates = [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]         # and between
+    for aim in (target + margin * (1 - target) for margin in MARGINS):
+        if tries and not tries[-1]["certified"]:
+            break
+        t = dict(zip(exits, cheapest(candidates, d, aim).tolist()))
+        if tries and t == tries[-1]["thresholds"]:
+            continue
+        told = [measure(model, p, L, t, how).numbers
+                for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
+        total = {key: sum(a[key] for a in told) for key in told[0]}
+        agreed, steps, n = [a["agreed"] for a in told], [a["steps"] for a in told], total["steps"]
+        bad = n / len(told)                              # bad prompts are rare: count on one more, half wrong
+        bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
+        tries.append(dict(
+            aim=aim, target=target, thresholds=t, agreement=sum(agreed) / max(1, n), bound=bound,
+            certified=bound >= target, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
+            **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
+    return tries
+
+
+def write_thresholds(path, lite, exits, tries, how):
+    """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
+    columns = ("layers saved", "FLOPs saved", "bytes saved")
+    table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
+        "agreement", "at least", *columns, "thresholds"], {
+        f"aim {100 * t['aim']:.2f}": [
+            *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
+            " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
+    if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
+        raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
+                         f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps({"exits": exits, **lite, "thresholds": good[-1]["thresholds"],
+                                "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
+    part.replace(path)
+    print(f"thresholds written to {path}; generate.py without --threshold takes them")
