@@ -437,3 +437,15 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     first = (tmp_path / "x-loss.svg").read_text()
     plots.main()
     assert (tmp_path / "x-loss.svg").read_text() == first and "without" in first and "layer" in first
+
+
+def test_a_projection_is_the_arithmetic_it_says():
+    """7B's, by hand: exits at the same share of depth; layers alone, and bytes with six checks where nothing left."""
+    from docs import project as P
+    lines = lambda n: [{"runs": {"rule": {"exits": [n] * 3}}}]  # noqa: E731
+    layer, head, prompt = 4 * 4096 ** 2 + 3 * 4096 * 11008, 32000 * 4096, [[1] * 10]
+    for n, L in ((8, 32), (2, 8), (7, 30)):
+        assert P.project(P.SHAPES["7B"], lines(n), "rule", prompt, L)["layers"] == 0.75
+    never = P.project(P.SHAPES["7B"], lines(30), "rule", prompt, 30)
+    asked = 6 * 4096 * sum(2048 + 10 + i for i in range(3))
+    assert never["layers"] == 0 and never["bytes"] == pytest.approx(-asked / (3 * (32 * layer + head)))
