@@ -415,3 +415,13 @@ def test_a_prompt_that_fills_the_context_is_refused_and_answers_stop_at_its_end(
     out = command(monkeypatch, capsys, "--ckpt", checkpoint, "--raw", "bed box", "--max-new-tokens", 500, "--json")
     found = json.loads(out.out)
     assert len(found["prompt_tokens"]) + len(found["tokens"]) == 64 or found["tokens"][-1] == 2
+
+
+def test_the_drawing_shows_what_was_computed_copied_and_verified():
+    """By hand, for 4 layers."""
+    import drawing
+    letters = lambda cells: ["".join(name[0] for name in column) for column in cells]  # noqa: E731
+    cells = drawing.early([1, 3, 1, 4, 2], 4)
+    assert [[name == "computed" for name in column].count(True) for column in cells] == [1, 3, 1, 4, 2]
+    assert [column[-1] for column in cells] == ["copied", "copied", "copied", "computed", "never"]
+    assert letters(drawing.verified([1, 1, 4, 4, 2, 4], 4)) == ["cvvv", "cvvv", "cvvv", "cccc", "ccvv", "ccvv"]
