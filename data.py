@@ -194,6 +194,7 @@ def collate(rows, device="cpu"):
 
 
 def main():
+    """Fetch what is not there yet."""
     parser = Parser(__doc__)
     parser.add("--out", "data", metavar="DIR", help="folder to fetch into")
     parser.add("--base", "https://raw.githubusercontent.com", metavar="URL", help="GitHub, or a mirror")

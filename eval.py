@@ -129,6 +129,7 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
 
 
 def parse_args():
+    """The flags of eval.py, checked as far as they can be without the model."""
     parser = Parser(__doc__)
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
     parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6]], nargs="*", help="rules to set against full "
@@ -179,6 +180,7 @@ def evaluate(args, model, tokenizer, lite, work, exits, how):
 
 
 def main():
+    """Read prompts and model; then evaluate, or calibrate."""
     args = parse_args()
     sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]

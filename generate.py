@@ -260,6 +260,7 @@ def summary(answers, n_layers):
 
 
 def parse_args():
+    """The flags of generate.py."""
     parser = Parser(__doc__)
     parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")

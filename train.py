@@ -42,15 +42,15 @@ MACHINE = {"out", "resume", "device", "timeout"}     # may differ on --resume
 LAYOUT = {"micro_batch_size", "activation_checkpointing"}            # may, too: this changes rounding alone
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
-    "steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
-    "epochs": (1, 3, number(float, 0.001, 1000), "passes over --data"),
-    "batch_size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
-    "micro_batch_size": (32, 4, number(int, 1), "sequences per rank and pass"),
-    "lr": (3e-3, 2e-5, number(float, 0), "peak learning rate"),
-    "weight_decay": (0.1, 0.0, number(float, 0), "of AdamW, on matrices"),
-    "max_len": (64, 512, number(int, 2), "tokens an example may have; longer responses are cut"),
-    "dtype": ("float32", "bfloat16", str, "of weights and gradients; the optimizer keeps fp32 copies"),
-    "val": (512, 200, number(int, 1), "examples held out for the validation loss")}
+    "--steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
+    "--epochs": (1, 3, number(float, 0.001, 1000), "passes over --data"),
+    "--batch-size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
+    "--micro-batch-size": (32, 4, number(int, 1), "sequences per rank and pass"),
+    "--lr": (3e-3, 2e-5, number(float, 0), "peak learning rate"),
+    "--weight-decay": (0.1, 0.0, number(float, 0), "of AdamW, on matrices"),
+    "--max-len": (64, 512, number(int, 2), "tokens an example may have; longer responses are cut"),
+    "--dtype": ("float32", "bfloat16", str, "of weights and gradients; the optimizer keeps fp32 copies"),
+    "--val": (512, 200, number(int, 1), "examples held out for the validation loss")}
 
 
 class AdamW(torch.optim.Optimizer):
@@ -188,9 +188,8 @@ def flags():
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
-    for key, (tiny, ckpt, kind, meaning) in RECIPES.items():
-        flag, defaults = key.replace("_", "-"), f"(default: {tiny}; with --ckpt: {ckpt})"
-        parser.add(f"--{flag}", type=kind, help=f"{meaning} {defaults}")
+    for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
+        parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
@@ -211,7 +210,8 @@ def resolve(parser):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if args.epochs and not args.ckpt and not args.data:
             raise InputError("--epochs: without --data each step has questions of its own; give --steps")
-        for key, (tiny, ckpt, *_) in RECIPES.items():
+        for flag, (tiny, ckpt, *_) in RECIPES.items():
+            key = flag[2:].replace("-", "_")
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, ckpt if args.ckpt else tiny)
         args.window = 16 if args.ckpt else 1             # batches whose rows are sorted by length
@@ -375,11 +375,10 @@ def check_finite(values, step, args):
 
 
 def open_log(path, step):
-    """log.jsonl to append to, without what was logged after the save that a run resumes from."""
+    """log.jsonl to append to, without what came after the save to resume from; that validates once more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = path.with_name(".log.tmp"), path.read_text().splitlines(True) if step and path.exists() else []
     found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in old]          # the last may be half written
-    # Of the step itself the training line stays; its validation is done again.
     tmp.write_text("".join(m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])))
     tmp.replace(path)
     return path.open("a", buffering=1)                   # a line at a time

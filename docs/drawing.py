@@ -4,6 +4,7 @@
     (ask; ask --verify) | python docs/drawing.py tiny 8 > docs/cells.svg
 
 The first line is an early-exit answer, the second --verify's. A column is a token that was put in (below) and what came out (above).
+(The JSON does not tell of rounds whose drafts were all refused: such a column is drawn as if it had gone up alone.)
 """
 import json
 import sys

@@ -62,9 +62,9 @@ def parse_args():
     parser.add("--ckpt", required=True, help="Meta-format folder to tune; of it params.json is enough")
     parser.add("--nproc", 1, type=number(int, 1, 512), metavar="N", help="processes, over all machines")
     parser.add("--card-gb", 80, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
-    for key in ("batch_size", "micro_batch_size", "max_len", "dtype"):
-        _, default, kind, meaning = RECIPES[key]
-        parser.add("--" + key.replace("_", "-"), default, type=kind, help=meaning)
+    for flag in ("--batch-size", "--micro-batch-size", "--max-len", "--dtype"):
+        _, default, kind, meaning = RECIPES[flag]
+        parser.add(flag, default, type=kind, help=meaning)
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--exits")

