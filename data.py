@@ -164,16 +164,14 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
     return rows
 
 
-def batches(rows, batch_size, seed, epoch, window):
-    """One epoch: every row's index once, in batches of rows of like length, in seeded order.
-    Rows are shuffled, sorted by length within windows of `window` batches (1: as they come), and the batches
-    shuffled again.  A pure function of its arguments: a resumed run and any number of ranks see the same."""
+def batches(rows, batch_size, seed, epoch):
+    """One epoch: every row's index once, in seeded order, and each batch sorted by length, so that its
+    micro-batches pad little.  (Whole batches of like length pad less, and train worse: a step is then all short
+    answers, or all long.)  A pure function of its arguments: a resumed run and all ranks see the same."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
-    span = batch_size * window
-    for i in range(0, len(order), span):
-        order[i:i + span] = sorted(order[i:i + span], key=lambda j: len(rows[j][0]))
-    cuts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    cuts = [sorted(order[i:i + batch_size], key=lambda j: len(rows[j][0]))
+            for i in range(0, len(order), batch_size)]
     r.shuffle(cuts)
     return cuts
 

@@ -214,7 +214,6 @@ def resolve(parser):
             key = flag[2:].replace("-", "_")
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
                 setattr(args, key, ckpt if args.ckpt else tiny)
-        args.window = 16 if args.ckpt else 1             # batches whose rows are sorted by length
         return args, 0
     path = find_checkpoint(out) / "trainer.json"
     if not path.exists():
@@ -339,7 +338,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         if halt or step == args.steps:
             break
         if order is None or step % per_epoch == 0:
-            order = batches(rows, args.batch_size, args.seed, step // per_epoch, args.window)
+            order = batches(rows, args.batch_size, args.seed, step // per_epoch)
         batch, clock = order[step % per_epoch], time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)

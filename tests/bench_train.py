@@ -37,7 +37,7 @@ def setup(args):
     else:
         tokenizer, model = Tokenizer.load(TINY_FOLDER), Transformer(T.TINY).init_weights().to(dtype)
         rows = tokenize(embedded(100 * args.batch_size), tokenizer, 64)
-    order = batches(rows, args.batch_size, 0, 0, 16 if args.ckpt else 1)
+    order = batches(rows, args.batch_size, 0, 0)
     order = sorted((b for b in order if len(b) == args.batch_size), key=lambda b: sum(len(rows[i][0]) for i in b))
     return model, rows, [order[(2 * i + 1) * len(order) // (2 * args.steps)] for i in range(args.steps)]
 

@@ -96,7 +96,7 @@ def test_long_examples_are_cut_or_dropped_and_counted_aloud(tokenizer):
 def test_every_epoch_sees_each_example_once_at_any_rank_count(n, size, world, micro):
     rows = [([0] * (5 + i * 7 % 31), 2) for i in range(n)]
     seen, parts = [], []
-    for batch in D.batches(rows, size, seed=3, epoch=1, window=2):
+    for batch in D.batches(rows, size, seed=3, epoch=1):
         shares = [D.share(batch, rank, world, micro) for rank in range(world)]
         assert len({len(s) for s in shares}) == 1                         # equal calls on every rank
         assert all(len(part) <= micro for s in shares for part in s)
@@ -109,15 +109,16 @@ def test_every_epoch_sees_each_example_once_at_any_rank_count(n, size, world, mi
         assert tokens.shape == (1, 1) and (labels == IGNORE).all()
 
 
-def test_batches_are_seeded_bucketed_and_new_each_epoch():
+def test_batches_are_seeded_new_each_epoch_and_sorted_within():
     rows = [([0] * (5 + i * 37 % 101), 2) for i in range(400)]
-    a, b, c = (D.batches(rows, 8, s, e, 16) for s, e in ((0, 0), (0, 1), (1, 0)))
-    assert a == D.batches(rows, 8, 0, 0, 16) and a != b and a != c
+    a, b, c = (D.batches(rows, 16, s, e) for s, e in ((0, 0), (0, 1), (1, 0)))
+    assert a == D.batches(rows, 16, 0, 0) and a != b and a != c
+    assert all(len(rows[i][0]) <= len(rows[j][0]) for batch in a for i, j in zip(batch, batch[1:]))
 
-    def padding(batches):
-        return sum(max(len(rows[i][0]) for i in x) * len(x) for x in batches) / sum(len(ids) for ids, _ in rows)
+    def padding(parts):
+        return sum(max(len(rows[i][0]) for i in x) * len(x) for x in parts) / sum(len(ids) for ids, _ in rows)
 
-    assert padding(a) < 1.15 < padding([list(range(i, i + 8)) for i in range(0, 400, 8)])
+    assert padding(m for batch in a for m in D.share(batch, 0, 1, 4)) < 1.2 < padding(range(i, i + 4) for i in range(0, 400, 4))
     lengths = [len(rows[x[0]][0]) for x in a]
     assert lengths != sorted(lengths)                                     # short and long batches alternate
 

@@ -170,7 +170,7 @@ def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
         model.init_weights()
         model.to(dtype)
         optimizer = T.optimizer_for(model, args)
-        for step, batch in enumerate(batches(rows, 16, 0, 0, 1)):
+        for step, batch in enumerate(batches(rows, 16, 0, 0)):
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = T.learning_rate(step, args)
             T.gradients(model, rows, batch, args)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

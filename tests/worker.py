@@ -36,7 +36,7 @@ def steps(dtype, micro, n, rank=0, world=1):
 
     ddp.register_forward_pre_hook(remember)
     # A last batch of 1 first: one rank has a row, the others run one of weight zero.
-    plan = [[5], *(b for epoch in range(9) for b in T.batches(data, 8, 1, epoch, 2))]
+    plan = [[5], *(b for epoch in range(9) for b in T.batches(data, 8, 1, epoch))]
     for step in range(n):
         for group in optimizer.param_groups:
             group["lr"] = T.learning_rate(step, args)
