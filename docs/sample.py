@@ -4,6 +4,7 @@
 """
 import json
 import sys
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -11,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import INPUT, RESPONSE, Tokenizer  # noqa: E402
 
-WIDTH, LINE, X = 8.4, 26, 12             # of a monospaced letter, of a line, of the margin; in pixels
+WIDTH, LINE, X, RIGHT = 8.4, 26, 12, 720         # of a monospaced letter, of a line, the margins; in pixels
 
 
 def shade(depth, layers):
-    """From a pale ground for the first layers to a dark one for all of them: readable in black and white."""
+    """(ground, ink), from a pale ground for the first layers to a dark one for all of them: readable in black and white."""
     x = depth / layers
     return f"rgb({int(235 - 170 * x)},{int(245 - 130 * x)},{int(225 - 60 * x)})", "#fff" if x > 0.7 else "#111"
 
@@ -24,10 +25,14 @@ def text(x, y, s, colour, extra=""):
     return f'<text x="{x:.1f}" y="{y}" fill="{colour}" {extra} xml:space="preserve">{escape(s)}</text>'
 
 
-def token(x, y, s, depth, layers):
+def token(out, left, x, y, s, depth, layers):
+    """Add a token at (x, y), or, if it does not fit there, at `left` on the next line. Returns where the next one goes."""
     ground, ink = shade(depth, layers)
-    width = WIDTH * len(s)
-    return [f'<rect x="{x:.1f}" y="{y - 16}" width="{width:.1f}" height="22" fill="{ground}"/>', text(x, y, s, ink)], x + width
+    ends, s = "\n" in s, s.replace("\n", "") or "↵"
+    if x + WIDTH * len(s) > RIGHT:
+        x, y = left, y + LINE
+    out += [f'<rect x="{x:.1f}" y="{y - 16}" width="{WIDTH * len(s):.1f}" height="22" fill="{ground}"/>', text(x, y, s, ink)]
+    return (left, y + LINE) if ends else (x + WIDTH * len(s), y)
 
 
 def main():
@@ -36,19 +41,19 @@ def main():
     for line in sys.stdin:
         a = json.loads(line)
         question = tokenizer.decode(a["prompt_tokens"]).split("### Instruction:\n")[1].removesuffix(RESPONSE)
-        out.append(text(X, y, question.replace(INPUT, "  "), "#555"))
-        x, y = X + 2 * WIDTH, y + LINE
+        for row in textwrap.wrap(question.replace(INPUT, "  "), int((RIGHT - X) / WIDTH), drop_whitespace=False):
+            out.append(text(X, y, row, "#555"))
+            y += LINE
+        left = x = X + 2 * WIDTH
         for i, depth in enumerate(a["exits"]):
             s = tokenizer.decode(a["tokens"][i:i + 1], a["prompt_tokens"] + a["tokens"][:i]) or "⏎"   # the end
-            box, x = token(x, y, s, depth, layers)
-            out += box
+            x, y = token(out, left, x, y, s, depth, layers)
             depths.add(depth)
         y += LINE + 8
     x = X
     for depth in sorted(depths):
-        box, x = token(x, y, f" {depth} of {layers} layers ", depth, layers)
-        out += box
-    print(f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{y + 20}" font-family="monospace" font-size="14">'
+        x, y = token(out, X, x, y, f" {depth} of {layers} layers ", depth, layers)
+    print(f'<svg xmlns="http://www.w3.org/2000/svg" width="{RIGHT}" height="{y + 20}" font-family="monospace" font-size="14">'
           f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}</svg>')
 
 
