@@ -166,13 +166,13 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
 
 def batches(rows, batch_size, seed, epoch):
     """One epoch: every row's index once, in seeded order, and each batch sorted by length, so that its
-    micro-batches pad little.  (Whole batches of like length pad less, and train worse: a step is then all short
-    answers, or all long.)  A pure function of its arguments: a resumed run and all ranks see the same."""
+    micro-batches pad little.  (Whole batches of like length would pad less, and train worse: a step is then
+    all short answers, or all long.)  A function of its arguments alone: all ranks, and a resumed run, agree."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     cuts = [sorted(order[i:i + batch_size], key=lambda j: len(rows[j][0]))
             for i in range(0, len(order), batch_size)]
-    r.shuffle(cuts)
+    r.shuffle(cuts)                                      # the last may be short: it comes anywhere
     return cuts
 
 

@@ -32,7 +32,6 @@ from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, 
 from model import IGNORE, InputError, wide
 
 
-
 @torch.no_grad()
 def exit_losses(model, rows, exits, size):
     """Mean loss and accuracy over the response tokens of rows, per exit and last layer: two lists (X+1,)."""
@@ -92,7 +91,9 @@ def costs(model, a, exits, asks, top):
     S = len(a.prompt) + 1 + np.arange(len(n))            # with itself
     layer = s.dim ** 2 + qkv + 3 * s.dim * s.ffn_dim
     weights = n * layer + s.dim * (asks * np.array(a.sizes, dtype=int) + s.vocab_size * (n == top))
-    later = np.append(np.maximum.accumulate(n[:0:-1])[::-1], 0)[:len(n)]         # deepest visit after each
+    later = np.zeros_like(n)                             # how deep the deepest token after each one went
+    for i in reversed(range(len(n) - 1)):
+        later[i] = max(n[i + 1], later[i + 1])
     flops = 2 * weights + 2 * qkv * np.maximum(0, later - n) + 4 * S * s.dim * n
     return dict(layers=int(n.sum()), FLOPs=int(flops.sum()),
                 bytes=int(weights.sum()) * model.output.weight.itemsize)

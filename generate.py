@@ -1,7 +1,7 @@
 """Early exit: each token leaves the network at the first exit that is sure of it.
 
     python generate.py --threshold 0.8                      # questions of the embedded set, tinted by depth
-    python generate.py --ckpt llama-2-7b --threshold 0.95,0.95,0.9,0.9,0.8,0.7 "Name three uses of a brick."
+    python generate.py --ckpt lite7b --threshold 0.95,0.95,0.9,0.9,0.8,0.7 "Name three uses of a brick."
     python generate.py --raw "The capital of France is" --threshold 1     # no template, full depth
 
 A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit,

@@ -43,7 +43,7 @@ LAYOUT = {"micro_batch_size", "activation_checkpointing"}            # may, too:
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
     "--steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
-    "--epochs": (1, 3, number(float, 0.001, 1000), "passes over --data"),
+    "--epochs": (None, 3, number(float, 0.001, 1000), "passes over --data"),
     "--batch-size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
     "--micro-batch-size": (32, 4, number(int, 1), "sequences per rank and pass"),
     "--lr": (3e-3, 2e-5, number(float, 0), "peak learning rate"),
@@ -209,7 +209,7 @@ def resolve(parser):
         if out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if args.epochs and not args.ckpt and not args.data:
-            raise InputError("--epochs: without --data each step has questions of its own; give --steps")
+            raise InputError("--epochs: of the embedded set --steps takes as much as it needs; give --steps")
         for flag, (tiny, ckpt, *_) in RECIPES.items():
             key = flag[2:].replace("-", "_")
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):

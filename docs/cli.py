@@ -39,7 +39,7 @@ FLAGS = {
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
-    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file; of the embedded set the first"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
 }
 
