@@ -36,7 +36,8 @@ def distribution(logits, temperature=0.0, top_p=1.0):
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0                     # those before it hold top_p already
+    if top_p < 1:
+        probs[probs.cumsum(-1) - probs >= top_p] = 0                 # those before it hold top_p already
     return torch.zeros_like(probs).index_copy_(0, ids, probs / probs.sum())
 
 
@@ -299,7 +300,8 @@ def main():
     legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
     found, dtype = lite.get("calibration", {}), str(model.output.weight.dtype)           # of this setting?
-    if args.shortlist is None and not args.temperature and found.get("dtype") == dtype and (
+    as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
+    if as_measured and found.get("dtype") == dtype and (
             thresholds == {int(n): t for n, t in found["thresholds"].items()}):
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
               "{bound:.1%} with 95 % confidence".format_map(found), file=sys.stderr)

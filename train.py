@@ -208,8 +208,8 @@ def resolve(parser):
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
         if out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
-        if args.epochs and not args.ckpt and not args.data:
-            raise InputError("--epochs: of the embedded set --steps takes as much as it needs; give --steps")
+        if (args.epochs or args.limit) and not args.ckpt and not args.data:
+            raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
         for flag, (tiny, ckpt, *_) in RECIPES.items():
             key = flag[2:].replace("-", "_")
             if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
@@ -322,7 +322,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         signal.signal(sig, lambda number, _: caught.append(number))
     ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
-    log = open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
+    first, log = step, open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", mininterval=1,
                disable=rank > 0 or None)
     for step in bar:
@@ -353,7 +353,7 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         at = " ".join(f"{n}: {x:.2f}" for n, x in zip([*args.exits, "last"], losses))
         bar.set_postfix_str(f"loss at {at}, {tokens / seconds:.0f} tok/s", refresh=False)
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
-         f"trained {step} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
+         f"trained {step - first} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
     return halt
 
 

@@ -82,7 +82,7 @@ def calibrate(model, prompts, exits, how, target, single=False):
                 for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
         total = {key: sum(a[key] for a in told) for key in told[0]}
         agreed, steps, n = [a["agreed"] for a in told], [a["steps"] for a in told], total["steps"]
-        bad = n / len(told)                              # bad prompts are rare: count on one more, half wrong
+        bad = max(steps)                                 # bad prompts are rare: count on a long one, half wrong
         bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
         tries.append(dict(
             aim=aim, target=target, thresholds=t, agreement=sum(agreed) / max(1, n), bound=bound,

@@ -60,7 +60,7 @@ def main():
     lines = [json.loads(line) for line in sys.stdin]
     out, y = [], 50
     for line, title, draw in zip(lines, ("early exit", "--verify: exits draft, the last layer decides"), (early, verified)):
-        tokens = [tokenizer.decode([t], line["prompt_tokens"]).strip() or "(end)" for t in line["tokens"]]
+        tokens = ["(end)" if t == tokenizer.eos else tokenizer.decode([t], line["prompt_tokens"]).strip() for t in line["tokens"]]
         out += panel(title, draw(line["exits"][1:], layers), tokens, layers, y)
         y += layers * H + 80
     for k, (fill, letter, legend) in enumerate(LOOK.values()):

@@ -35,7 +35,8 @@ def picture(path, x, y, draw):
 
 def whiskers(values):
     """matplotlib's form of [value, low, high] each: the values and the lengths of their intervals' halves."""
-    return [v for v, *_ in values], [[max(0, v - low) for v, low, _ in values], [max(0, high - v) for v, _, high in values]]
+    halves = [(v, v if low is None else low, v if high is None else high) for v, low, high in values]
+    return [v for v, *_ in values], [[max(0, v - low) for v, low, _ in halves], [max(0, high - v) for v, _, high in halves]]
 
 
 def curve(axes, part):

@@ -8,6 +8,7 @@ import re
 import zlib
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,33 +36,37 @@ FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), 
 
 
 def identity(args, model, work, settings):
-    """What makes a run: its settings, and a checksum of its prompts and of the checkpoint's files' dates."""
+    """What makes a run: its settings, and checksums of its prompts, of the checkpoint's files' dates, and of
+    this code: the answers of another rule are another run's."""
     ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
     flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate")}
     flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
-    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files)).encode()))
+    code = [p.read_text() for p in sorted(Path(__file__).parents[1].glob("*.py"))]
+    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files, code)).encode()))
     return json.loads(json.dumps(header))                # as it will be read back
 
 
-def read_lines(path, header):
-    """{i: line} of a results file; InputError if it is another run's. A line cut short by a kill is none."""
+def read_lines(path):
+    """The header of a results file, None if there is no file, and {i: line}. A line cut short by a kill is none."""
     lines, text = [], path.read_text(errors="replace").strip() if path.exists() else ""
     for line in text.split("\n"):
         with suppress(ValueError):
             lines.append(json.loads(line))
-    if text and not text.startswith('{"settings"') or lines and lines[0] != header or not all(
-            isinstance(line, dict) and ("i" in line or line == header) for line in lines):
-        raise InputError(f"--out {path}: holds another run, or something else; choose another file")
-    return {line["i"]: line for line in lines if "i" in line}
+    if text and not (text.startswith('{"settings"') and lines and all(
+            isinstance(line, dict) and ("i" in line or line == lines[0]) for line in lines)):
+        raise InputError(f"{path}: holds no answers of eval.py, or another run's among them")
+    return lines[0] if lines else None, {line["i"]: line for line in lines if "i" in line}
 
 
 def collect(path, header, make, size, rank, world):
     """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
     share, and added in one write each, so that any number of ranks may write and be killed."""
-    wait = dist.barrier if world > 1 else lambda: None
-    missing = sorted(set(range(size)) - read_lines(path, header).keys())
+    wait, (found, lines) = dist.barrier if world > 1 else lambda: None, read_lines(path)
+    if found not in (None, header):
+        raise InputError(f"--out {path}: holds another run (flags, data, checkpoint or code differ); choose another file")
+    missing = sorted(set(range(size)) - lines.keys())
     wait()                                               # all have read before anyone writes
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
@@ -71,7 +76,7 @@ def collect(path, header, make, size, rank, world):
         for i in tqdm(missing[rank::world], desc="answers", unit="prompt", disable=rank > 0 or None):
             f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
     wait()
-    lines = read_lines(path, header)
+    lines = read_lines(path)[1]
     return [lines[i] for i in range(size)]
 
 
@@ -105,7 +110,8 @@ def summarise(lines, name):
         for key, value in runs[0].items() if not isinstance(value, (str, list))}) for which in (name, FULL, ORACLE))
     with np.errstate(all="ignore"):                      # what does not exist is NaN here and None in the end
         many = {key: figure(s, f, o) for key, figure in FIGURES.items()}
-        row = {key: [x[0], *np.percentile(x[1:], (2.5, 97.5))] for key, x in many.items()}
+        row = {key: [x[0], *(np.percentile(x[1:], (2.5, 97.5)) if len(lines) > 1 else (math.nan, math.nan))]
+               for key, x in many.items()}               # one prompt tells nothing of others
     for key, hits, counts in (("agreement %", "agreed", "steps"), ("exact match %", "exact", "prompts")):
         if None not in (r[hits] for r in runs):
             row[key] = [math.nan if x is None else 100 * x for x in rate([r[hits] for r in runs], [r[counts] for r in runs])[:3]]
@@ -154,7 +160,7 @@ def cell(values):
     """A figure and half the width of its interval, to three places or so."""
     value, low, high = values
     digits = max(0, 3 - len(str(int(abs(value or 0)))))
-    half = "" if None in values else f" ±{(high - low) / 2:.{digits}f}"
+    half = "" if None in values else f" ±{(high - low) / 2:.{digits}f}"         # of a prompt alone: unknown
     return "-" if value is None else f"{value:.{digits}f}{half}"
 
 

@@ -44,9 +44,12 @@ def main():
         for row in textwrap.wrap(question.replace(INPUT, "  "), int((RIGHT - X) / WIDTH), drop_whitespace=False):
             out.append(text(X, y, row, "#555"))
             y += LINE
-        left = x = X + 2 * WIDTH
+        left, shown = X + 2 * WIDTH, ""
+        x = left
         for i, depth in enumerate(a["exits"]):
-            s = tokenizer.decode(a["tokens"][i:i + 1], a["prompt_tokens"] + a["tokens"][:i]) or "⏎"   # the end
+            whole = tokenizer.decode(a["tokens"][:i + 1], a["prompt_tokens"])
+            s = "·" if whole.endswith("\ufffd") else whole[len(shown):] or "⏎"       # a part of a character; the end
+            shown = shown if s == "·" else whole
             x, y = token(out, left, x, y, s, depth, layers)
             depths.add(depth)
         y += LINE + 8

@@ -440,12 +440,13 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_a_projection_is_the_arithmetic_it_says():
-    """7B's, by hand: exits at the same share of depth; layers alone, and bytes with six checks where nothing left."""
+    """7B's, by hand: the same share of depth, to the nearest layer; layers alone, and bytes with six checks where nothing left."""
     from docs import project as P
     lines = lambda n: [{"runs": {"rule": {"exits": [n] * 3}}}]  # noqa: E731
     layer, head, prompt = 4 * 4096 ** 2 + 3 * 4096 * 11008, 32000 * 4096, [[1] * 10]
-    for n, L in ((8, 32), (2, 8), (7, 30)):
-        assert P.project(P.SHAPES["7B"], lines(n), "rule", prompt, L)["layers"] == 0.75
-    never = P.project(P.SHAPES["7B"], lines(30), "rule", prompt, 30)
+    for n, L, kept in ((8, 32, 8), (2, 8, 8), (7, 30, 7), (24, 30, 26)):
+        assert P.project(P.SHAPES["7B"], lines(n), "rule", prompt, [n], L)["layers"] == 1 - kept / 32
+    assert P.project(P.SHAPES["13B"], lines(2), "rule", prompt, [2], 8)["layers"] == 0.75
+    never = P.project(P.SHAPES["7B"], lines(30), "rule", prompt, [8, 12, 16, 20, 24, 28], 30)
     asked = 6 * 4096 * sum(2048 + 10 + i for i in range(3))
     assert never["layers"] == 0 and never["bytes"] == pytest.approx(-asked / (3 * (32 * layer + head)))
