@@ -167,7 +167,7 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
 def batches(rows, batch_size, seed, epoch):
     """One epoch: every row's index once, in seeded order, and each batch sorted by length, so that its
     micro-batches pad little.  (Whole batches of like length would pad less, and train worse: a step is then
-    all short answers, or all long.)  A function of its arguments alone: all ranks, and a resumed run, agree."""
+    all short answers, or all long.)  A function of its arguments: all ranks, and a resumed run, agree."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     cuts = [sorted(order[i:i + batch_size], key=lambda j: len(rows[j][0]))
