@@ -377,7 +377,7 @@ def test_two_machines_a_dead_rank_and_resume(tmp_path):
         texts = [p.communicate(timeout=120)[0] for p in both]
         if sig:
             assert all(p.returncode != 0 for p in both)
-            assert sum(t.count("error: lost another rank") for t in texts) == 1
+            assert sum(t.count("error: lost another rank") for t in texts) == 1, texts
     assert all(p.returncode == 0 for p in both), texts
     train(*args, "--out", tmp_path / "straight", n=2)
     assert same(weights(run), weights(tmp_path / "straight"))
