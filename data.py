@@ -158,16 +158,16 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
             rows.append((ids[:max_len], len(prompt)))
     for n, fate in (len(examples) - len(rows), "dropped: their prompts fill"), (cut, "cut to"):
         if n:
-            note(f"{n} of {len(examples)} examples {fate} --max-len {max_len} tokens")
+            note(f"{n} of {len(examples)} examples {fate} {max_len} tokens")
     if not rows:
         raise InputError(f"every example is longer than --max-len {max_len}; raise it")
     return rows
 
 
 def batches(rows, batch_size, seed, epoch):
-    """One epoch: every row's index once, in seeded order, and each batch sorted by length, so that its
-    micro-batches pad little.  (Whole batches of like length would pad less, and train worse: a step is then
-    all short answers, or all long.)  A function of its arguments: all ranks, and a resumed run, agree."""
+    """One epoch: every row's index once, in seeded order, each batch sorted by length, so that micro-batches
+    pad little.  (Batches of like length would pad less, and train worse: a step is all short answers, or all
+    long.)  A function of its arguments: all ranks, and a resumed run, agree."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     cuts = [sorted(order[i:i + batch_size], key=lambda j: len(rows[j][0]))

@@ -119,7 +119,7 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
         a = measure(model, prompt, top, thresholds, how, exits if setting == FULL else ())
         full, text = full or a, tokenizer.decode(a.tokens, prompt).strip()           # full depth comes first
         exact = None if e["output"] is None else int(text == e["output"].strip())
-        runs[setting] = dict(text=text, exits=a.exits[1:], agrees=a.agrees, exact=exact, **a.numbers,
+        runs[setting] = dict(text=text, exits=a.exits[1:], exact=exact, **a.numbers,
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
     columns = zip(*full.right or [full.agrees])          # of a token each; all of them empty without exits
     best = [next((n for n, ok in zip(exits, column) if ok), L) for column in columns]
@@ -144,8 +144,8 @@ def parse_args():
     args = parser.parse_args()
     if args.out and not args.out.endswith(".jsonl"):
         raise InputError(f"--out {args.out}: expected a name in .jsonl; the figures go to .json beside it")
-    if args.calibrate and "RANK" in os.environ:
-        raise InputError("--calibrate runs in one process: start it with python, not torchrun")
+    if args.calibrate and ("RANK" in os.environ or not args.ckpt):
+        raise InputError("--calibrate runs in one process, without torchrun, and writes to --ckpt: name it")
     return args
 
 
@@ -153,7 +153,7 @@ def evaluate(args, model, tokenizer, lite, work, exits, how):
     """Answer what the file of answers lacks, under every setting; rank 0 prints and writes the figures."""
     L, rank, world = model.args.n_layers, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
-    if "thresholds" in lite:
+    if "thresholds" in lite and lite.get("check") in (None, len(how["frequent"])):
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
     settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
@@ -165,8 +165,8 @@ def evaluate(args, model, tokenizer, lite, work, exits, how):
     if {Path(p).resolve() for p in args.data or []} & {path.resolve(), path.with_suffix(".json").resolve()}:
         raise InputError(f"--out {path}: it, or the .json beside it, is one of --data; choose another name")
     answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
-    make = lambda i: compare(model, tokenizer, *work[i], settings, exits, how)  # noqa: E731
-    lines = collect(path, header, make, len(work), rank, world)
+    lines = collect(path, header, lambda i: compare(model, tokenizer, *work[i], settings, exits, how),
+                    len(work), rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -187,8 +187,7 @@ def main():
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
     exits, room = list(exit_rule([1.0], args.exits, lite, model.args.n_layers)), model.args.max_seq_len
-    work = [(name, e, tokenizer.encode(prompt_text(e), bos=True)) for name, e in sets]
-    work = [(name, e, prompt) for name, e, prompt in work if len(prompt) < room]
+    work = [(name, e, p) for name, e in sets if len(p := tokenizer.encode(prompt_text(e), bos=True)) < room]
     if not work:
         raise InputError(f"all {len(sets)} prompts fill the context of {room} tokens; take shorter ones")
     if len(work) < len(sets) and os.environ.get("RANK", "0") == "0":

@@ -72,11 +72,10 @@ class Decoder:
     """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
 
     def __init__(self, model, prompt, room, thresholds, frequent=(), draft=4, temperature=0.0, top_p=1.0,
-                 rng=None, drafts=None):
+                 rng=None, drafts=None):         # frequent: for the shortlist; draft: tokens a round, at most
         P, self.model, self.thresholds, self.longest, self.end = len(prompt), model, thresholds, draft, room
         self.distribution = lambda logits: distribution(logits, temperature, top_p)
-        self.draw = lambda probs: (torch.multinomial(probs, 1, generator=rng) if temperature else
-                                   probs.argmax()).item()
+        self.draw = lambda p: (torch.multinomial(p, 1, generator=rng) if temperature else p.argmax()).item()
         self.drafts, self.rng = [] if drafts is None else drafts, rng          # drafts: how many, each round
         self.cache = model.new_cache(1, room)                        # (L, 2, 1, K, S, E), made once
         self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position left with
@@ -169,8 +168,7 @@ def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=Fa
 def check_prompt(ids, model):
     """ids, unless they leave no room for an answer in the model's context."""
     if len(ids) >= model.args.max_seq_len:
-        raise InputError(f"the prompt has {len(ids)} tokens; the model's context, answer included, is "
-                         f"{model.args.max_seq_len}: shorten it")
+        raise InputError(f"prompt: {len(ids)} tokens fill the context, {model.args.max_seq_len}; shorten it")
     return ids
 
 
@@ -221,7 +219,7 @@ def load_for_decoding(args):
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     for stored in (lite.get("exits", []), sorted(map(int, lite.get("thresholds", {})))):
-        check_exits(stored, model.args.n_layers)
+        check_exits(stored, model.args.n_layers, f"{folder}/lite.json: exits")
     if max(lite.get("shortlist", []), default=0) >= model.args.vocab_size:
         raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
@@ -299,12 +297,11 @@ def main():
     painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
-    found, dtype = lite.get("calibration", {}), str(model.output.weight.dtype)           # of this setting?
+    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()})
     as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    if as_measured and found.get("dtype") == dtype and (
-            thresholds == {int(n): t for n, t in found["thresholds"].items()}):
+    if as_measured and here.items() <= lite.get("calibration", {}).items():
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(found), file=sys.stderr)
+              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -57,10 +57,10 @@ def default_exits(n_layers):
     return list(range(8, n_layers, 4)) if n_layers >= 16 else list(range(2, n_layers, 2))
 
 
-def check_exits(exits, n_layers):
+def check_exits(exits, n_layers, name="--exits"):
     """The exits; InputError unless they ascend, below the last layer: thresholds follow their order."""
     if sorted(set(exits)) != exits or not all(0 < n < n_layers for n in exits):
-        raise InputError(f"--exits {exits}: expected different layers from 1 to {n_layers - 1}, ascending")
+        raise InputError(f"{name} {exits}: expected different layers from 1 to {n_layers - 1}, ascending")
     return exits
 
 
@@ -94,9 +94,8 @@ def product(x, w):
 
 def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
-    packs = w.device.type == "cpu" and w.numel() >= PACK_FROM and (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported() if w.dtype == torch.bfloat16 else
-        w.dtype == torch.float32 and torch.backends.mkldnn.is_available())
+    packs = w.is_cpu and w.numel() >= PACK_FROM and torch.backends.mkldnn.is_available() and (
+        w.dtype == torch.float or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # for ~4 rows
 
 
@@ -302,12 +301,13 @@ def find_checkpoint(folder):
 
 
 def read_lite(folder):
-    """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, and the number of the
-    shortlist's ids that these were chosen with (check); {} for a model without one."""
+    """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, the number of the
+    shortlist's ids that these were chosen with (check), and their calibration; {} without a file."""
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds, ids = lite.get("exits", []), lite.get("thresholds", {}), lite.get("shortlist", [])
-    if not (isinstance(exits, list) and isinstance(ids, list) and isinstance(thresholds, dict)) or not all(
+    kinds = [type(x) for x in (exits, ids, thresholds, lite.get("calibration", {}))]
+    if kinds != [list, list, dict, dict] or not all(
             type(n) is int and n >= 0 for n in [*exits, *ids, lite.get("check", 0)]) or not all(
             n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
         raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers and "
@@ -322,7 +322,7 @@ def read_args(folder):
     odd = [f"{k} is unknown" for k in params if k not in known]
     if odd := odd + [f"{k} is missing" for k in ("dim", "n_layers", "n_heads") if k not in params]:
         raise InputError(f"{path}: {', '.join(odd)}; LLaMA-2 has {', '.join(known)}")
-    params["max_seq_len"] = read_lite(folder).get("max_seq_len", ModelArgs.max_seq_len)
+    params |= {k: v for k, v in read_lite(folder).items() if k == "max_seq_len"}
     for name, value in params.items():                   # an integer will do for a float, true will not
         if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, known[name])
                                                     or value is not None and value <= 0):

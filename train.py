@@ -143,6 +143,18 @@ def gradients(model, rows, batch, args, rank=0, world=1):
     return total / count
 
 
+def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1):
+    """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    losses = gradients(ddp, rows, batch, args, rank, world).tolist()               # waits for the device
+    norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip).item()
+    check_finite([*losses, norm], step + 1, args)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, norm
+
+
 def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     """Write out/step-N, let out/latest point to it, keep the one before. A kill at any moment leaves an out/
     that resumes: all ranks write their part under a temporary name, which rank 0 changes when all have."""
@@ -186,17 +198,16 @@ def flags():
     parser.add("--out", "out", metavar="DIR", help="folder to write the run to")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
-    parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
-    parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
-    for flag, default in (("--exits", None), ("--limit", None), ("--seed", 0), ("--device", None)):
-        parser.add(flag, default)
+    parser.add("--seed", 0)
+    for flag in ("--no-lite", "--exits", "--limit", "--activation-checkpointing", "--device"):
+        parser.add(flag)
     return parser
 
 
@@ -246,8 +257,7 @@ def choose_exits(args, shape, folder=None):
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
-        raise InputError(f"--weights: {args.weights} given; expected {len(exits) + 1}, not all 0, for exits "
-                         f"{exits} and the last layer")
+        raise InputError(f"--weights {args.weights}: expected {len(exits) + 1}, not all 0: for {exits}, last")
     if args.max_len > shape.max_seq_len:
         raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
 
@@ -340,16 +350,10 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         if order is None or step % per_epoch == 0:
             order = batches(rows, args.batch_size, args.seed, step // per_epoch)
         batch, clock = order[step % per_epoch], time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        losses = gradients(ddp, rows, batch, args, rank, world).tolist()           # waits for the device
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-        check_finite([*losses, norm], step + 1, args)
-        optimizer.step()
-        optimizer.zero_grad()
+        losses, norm = update(ddp, optimizer, rows, batch, step, args, rank, world)
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
-        books = dict(step=step + 1, losses=losses, lr=group["lr"], norm=norm, tokens=tokens, seconds=seconds)
-        print(json.dumps(books), file=log)
+        print(json.dumps(dict(step=step + 1, losses=losses, lr=learning_rate(step, args), norm=norm,
+                              tokens=tokens, seconds=seconds)), file=log)
         at = " ".join(f"{n}: {x:.2f}" for n, x in zip([*args.exits, "last"], losses))
         bar.set_postfix_str(f"loss at {at}, {tokens / seconds:.0f} tok/s", refresh=False)
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else

@@ -46,18 +46,31 @@ def best_thresholds(d, price):
     return t
 
 
+def wrongly(t, d):
+    """The share of tokens that leave, under thresholds t, with another token than the last layer's."""
+    return (beyond(-1, t, d, 1) - beyond(-1, t, d)).mean()
+
+
 def cheapest(candidates, d, agreement):
     """The candidate thresholds that read least while at least so many tokens are the last layer's."""
-    cost = [beyond(-1, t, d) for t in candidates]
-    good = [k for k, t in enumerate(candidates) if (beyond(-1, t, d, 1) - cost[k]).mean() <= 1 - agreement]
-    return candidates[min(good, key=lambda k: cost[k].mean())] if good else np.ones(d.sure.shape[1])
+    good = [t for t in candidates if wrongly(t, d) <= 1 - agreement]
+    return min(good, key=lambda t: beyond(-1, t, d).mean()) if good else np.ones(d.sure.shape[1])
+
+
+def copying(d, t, total):
+    """How many disagreements a skipped layer costs later tokens, whose K and V there are copies: those that
+    generation with thresholds t met (`total`: its numbers) but for the tokens that left wrongly themselves, per
+    layer skipped.  (A straight line through one point: deep skips cost more a layer than shallow ones.)"""
+    n, skipped = total["steps"], total["full_layers"] - total["layers"]
+    return max(0, n - total["agreed"] - n * wrongly(t, d)) / max(1, skipped)
 
 
 def calibrate(model, prompts, exits, how, target, single=False):
     """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
-    each exit would have said, and certified on the rest, by generating with them.  Candidates come from safe
-    to cheap, and the first whose one-sided 95 % bound misses the target ends it.  As each is tried only if
-    all before it passed, the 5 % hold for the one kept, however many there are (fixed-sequence testing).
+    each exit would have said, and generation what copied K and V cost (`copying`); certified on the rest, by
+    generating with them.  Candidates come from safe to cheap, and the first whose one-sided 95 % bound misses
+    the target ends it.  As each is tried only if all before it passed, the 5 % hold for the one kept, however
+    many there are (fixed-sequence testing).
     Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
@@ -68,37 +81,50 @@ def calibrate(model, prompts, exits, how, target, single=False):
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
     cost = [*(n * layer for n in exits), L * layer + head]
-    d = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
-    path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
-            [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
-    candidates = [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]         # and between
+    alone = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
+
+    def candidates(d):
+        path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
+                [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
+        return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]           # and between
+
+    def generated(t, prompts, what):
+        told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
+        return told, {key: sum(a[key] for a in told) for key in told[0]}
+
+    d, layers = alone, SimpleNamespace(sure=sure, ask=0 * ask, cost=[*exits, L], wrong=1 - right)
+    for turn in range(2):                                # what copying costs, and the thresholds that it leaves
+        t = cheapest(candidates(d), d, target)
+        ideal = ideal if turn else 1 - beyond(-1, t, layers).mean() / L
+        harm = copying(alone, t, generated(t, prompts[::2], "copying")[1])
+        d = SimpleNamespace(**vars(alone) | dict(wrong=alone.wrong + harm * (L - np.array(exits))))
+    every = candidates(d)
     for aim in (target + margin * (1 - target) for margin in MARGINS):
         if tries and not tries[-1]["certified"]:
             break
-        t = dict(zip(exits, cheapest(candidates, d, aim).tolist()))
-        if tries and t == tries[-1]["thresholds"]:
+        t = cheapest(every, d, aim).tolist()
+        if tries and t == [*tries[-1]["thresholds"].values()]:
             continue
-        told = [measure(model, p, L, t, how).numbers
-                for p in tqdm(prompts[1::2], f"certify {aim:.4f}", disable=None)]
-        total = {key: sum(a[key] for a in told) for key in told[0]}
+        told, total = generated(t, prompts[1::2], f"certify {aim:.4f}")
         agreed, steps, n = [a["agreed"] for a in told], [a["steps"] for a in told], total["steps"]
         bad = max(steps)                                 # bad prompts are rare: count on a long one, half wrong
         bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
         tries.append(dict(
-            aim=aim, target=target, thresholds=t, agreement=sum(agreed) / max(1, n), bound=bound,
-            certified=bound >= target, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
-            **{f"{key} saved": 1 - total[key] / total[f"full_{key}"] for key in counts}))
+            aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
+            certified=bound >= target, exits_alone=1 - wrongly(t, alone), copying=harm, ideal=ideal, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
+            **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries
 
 
 def write_thresholds(path, lite, exits, tries, how):
     """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
-    columns = ("layers saved", "FLOPs saved", "bytes saved")
+    columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
-        "agreement", "at least", *columns, "thresholds"], {
-        f"aim {100 * t['aim']:.2f}": [
-            *(f"{100 * t[key]:.2f}" for key in ("agreement", "bound", *columns)),
-            " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
+        "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
+        f"aim {100 * t['aim']:.2f}": [*(f"{100 * t[key]:.2f}" for key in columns),
+                                      " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
+    print("Copied K and V cost {copying:.2%} of the later tokens for each layer that a token skips; without them {target:.1%} "
+          "agreement would save {ideal:.1%} of the layers.".format_map(tries[0]))
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")

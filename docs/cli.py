@@ -1,4 +1,4 @@
-"""The command line that all scripts share: flags, errors of one line, devices. None of it is LITE."""
+"""The command line that the commands share: flags, errors of one line, devices. None of it is LITE."""
 import math
 import os
 import re
@@ -39,7 +39,9 @@ FLAGS = {
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
-    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file; of the embedded set the first"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file; of the embedded set (not in training) the first"),
+    "--no-lite": dict(action="store_true", help="plain tuning: the last layer's loss alone"),
+    "--activation-checkpointing": dict(action="store_true", help="compute blocks twice, to save memory"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
 }
 

@@ -65,9 +65,8 @@ def parse_args():
     for flag in ("--batch-size", "--micro-batch-size", "--max-len", "--dtype"):
         _, default, kind, meaning = RECIPES[flag]
         parser.add(flag, default, type=kind, help=meaning)
-    parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
-    parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
-    parser.add("--exits")
+    for flag in ("--activation-checkpointing", "--no-lite", "--exits"):
+        parser.add(flag)
     parser.set_defaults(weights=None, lr=0.0, weight_decay=0.0)      # these take no memory
     return parser.parse_args()
 

@@ -120,12 +120,12 @@ def summarise(lines, name):
     return row | dict(exits={n: depths.count(n) for n in sorted(set(depths))})
 
 
-def curve(lines, exits, bins=10):
+def curve(lines, exits):
     """Does confidence predict agreement? Per exit and bin of confidence: [its mean, agreement, low, high, n]."""
     out = {n: [] for n in exits}
-    for x, b in ((x, b) for x in range(len(exits)) for b in range(bins)):
+    for x, b in ((x, b) for x in range(len(exits)) for b in range(10)):
         tokens = ([*zip(run["sure"][x], run["right"][x])] for run in (line["runs"][FULL] for line in lines))
-        inside = [[pair for pair in pairs if min(bins - 1, int(pair[0] * bins)) == b] for pairs in tokens]
+        inside = [[pair for pair in pairs if min(9, int(pair[0] * 10)) == b] for pairs in tokens]
         counts = [len(pairs) for pairs in inside]
         mean = sum(sure for pairs in inside for sure, _ in pairs) / max(1, sum(counts))
         out[exits[x]].append([mean, *rate([sum(ok for _, ok in pairs) for pairs in inside], counts)])

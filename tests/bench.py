@@ -12,7 +12,6 @@ others, always for --tokens tokens (no stop at EOS), decoding alone, after the p
     agreement  tokens that an exact full-depth pass over the same prefix puts first, up to EOS; full depth lacks what rounding takes
     GB/s       weights read per second; the ceiling is that of one large matrix-vector product in this run
 """
-import argparse
 import json
 import platform
 import statistics
@@ -30,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as M  # noqa: E402
 from data import embedded, prompt_text, read_examples  # noqa: E402
-from docs.cli import pick_device, run  # noqa: E402
+from docs.cli import Parser, pick_device, run  # noqa: E402
 from docs.report import rate  # noqa: E402
 from eval import judge  # noqa: E402
 from generate import Decoder, exit_rule, frequent_tokens, generate, load_for_decoding  # noqa: E402
@@ -122,13 +121,13 @@ def theirs(other, prompt, tokens):
 
 
 @torch.inference_mode()
-def ceiling(model, layout, repeats=5):
+def ceiling(model, layout):
     """Bytes per second of one large matrix-vector product: the output matrix, or one of 64 MiB; three of them, too large for the cache."""
     w = model.output.weight
     rows = max(len(w), 2 ** 26 // (w.size(1) * w.itemsize))
     big = [layout(torch.randn(rows, w.size(1), device=w.device).to(w.dtype)) for _ in range(3)]
     x, times = torch.randn(1, w.size(1), device=w.device).to(w.dtype), []
-    for _ in range(repeats):
+    for _ in range(5):
         sync(w.device)
         clock = time.perf_counter()
         for m in big:
@@ -248,7 +247,7 @@ def load(args):
     if not args.random:
         return load_for_decoding(args)
     shape, device = read_args(args.random), pick_device(args.device)
-    shape.vocab_size = max(shape.vocab_size, 32000) if shape.vocab_size < 0 else shape.vocab_size
+    shape.vocab_size = 32000 if shape.vocab_size < 0 else shape.vocab_size           # Meta's params.json says -1
     with torch.device("meta"):
         model = Transformer(shape).to(getattr(torch, args.dtype or "bfloat16"))
     model = model.to_empty(device=device)
@@ -259,7 +258,7 @@ def load(args):
     return model.fuse(), None, dict(shortlist=list(range(2048)))
 
 
-def context(args, model):
+def context(model):
     """Milliseconds per token at growing positions, full depth, beside what attention's reading of K and V adds."""
     longest = min(2048, model.args.max_seq_len) - 16
     prompt = torch.randint(3, model.args.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -271,24 +270,18 @@ def context(args, model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="Meta-format folder or train.py's output (default: out/, else tiny/)")
+    parser = Parser(__doc__)
+    for flag in ("--ckpt", "--data", "--threshold", "--exits", "--shortlist", "--dtype", "--device"):
+        parser.add(flag)
+    parser.add("--draft", 4)
     parser.add_argument("--random", metavar="DIR", help="random weights in the shape of DIR/params.json: for timing alone")
-    parser.add_argument("--data", nargs="+", help="files of examples (default: the embedded test set)")
     parser.add_argument("--prompts", type=int, default=10, help="how many (default: 10)")
     parser.add_argument("--tokens", type=int, default=96, help="new tokens for each (default: 96)")
     parser.add_argument("--rounds", type=int, default=3, help="timed turns; the median counts (default: 3)")
-    parser.add_argument("--threshold", type=lambda s: [float(x) for x in s.split(",")], default=None,
-                        help="as for generate.py (default: lite.json's, else 0.9)")
-    parser.add_argument("--exits", type=lambda s: [int(x) for x in s.split(",")])
-    parser.add_argument("--shortlist", type=int)
     parser.add_argument("--force", type=int, nargs="*", default=[], metavar="N", help="also leave always after these layers (any)")
     parser.add_argument("--verify-threshold", type=float, nargs="*", default=[0.5, 0.8], metavar="X",
                         help="a verify mode for each (default: 0.5 0.8)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="full depth, and the modes with one of these in their names")
-    parser.add_argument("--draft", type=int, default=4, help="tokens drafted at most (default: 4)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--device")
     parser.add_argument("--context", action="store_true", help="time per token against position instead")
     parser.add_argument("--transformers", action="store_true", help="time transformers' generate, too (pip install transformers)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
@@ -299,7 +292,7 @@ def main():
     card = torch.cuda.get_device_name() if model.output.weight.is_cuda else f"{torch.get_num_threads()} CPU threads"
     print(f"{card}, {platform.processor() or platform.machine()}, torch {torch.__version__}, {model.output.weight.dtype}")
     if args.context:
-        return context(args, model)
+        return context(model)
     examples = [e for path in args.data or [] for e in read_examples(path)] or embedded(1000, split="test")
     examples = examples[::max(1, len(examples) // args.prompts)]
     prompts = ([list(range(100, 164))] * args.prompts if args.random else

@@ -47,14 +47,8 @@ def measure(args):
     model, rows, plan = setup(args)
     exits = default_exits(model.args.n_layers) if args.mode == "lite" else []
     run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), micro_batch_size=args.micro_batch_size,
-                          weight_decay=0.0, lr=1e-4)
+                          weight_decay=0.0, lr=1e-4, warmup=0.0, steps=len(plan), clip=1.0, out="")
     optimizer, seconds = T.optimizer_for(model, run), []
-
-    def step(batch):
-        T.gradients(model, rows, batch, run)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
     def heads(batch):
         """One exit's share: norm, head and cross-entropy on the responses of each micro-batch, recomputed backward."""
@@ -66,7 +60,7 @@ def measure(args):
 
     for batch in [plan[0], *plan]:                       # the first time warms up
         clock = time.perf_counter()
-        heads(batch) if args.mode == "heads" else step(batch)
+        heads(batch) if args.mode == "heads" else T.update(model, optimizer, rows, batch, 0, run)
         seconds.append(time.perf_counter() - clock)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     tokens = [sum(len(rows[i][0]) for i in batch) for batch in plan]

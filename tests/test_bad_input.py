@@ -73,7 +73,8 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "lite.json").write_text("[]"), ["lite.json", "object"]),
     (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 7}}'), ["lite.json", "thresholds"]),
     (lambda d: (d / "lite.json").write_text('{"max_seq_len": "x"}'), ["max_seq_len"]),
-    (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["exits", "99"]),
+    (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["lite.json: exits [2, 99]"]),
+    (lambda d: (d / "lite.json").write_text('{"calibration": []}'), ["lite.json"]),
     (lambda d: (d / "lite.json").write_text('{"shortlist": [2, "a"]}'), ["lite.json", "shortlist"]),
     (lambda d: (d / "lite.json").write_text('{"shortlist": [2, 40000]}'), ["lite.json", "shortlist", "another model"]),
     (lambda d: (d / "lite.json").write_text('{"check": -1}'), ["lite.json", "check"])]

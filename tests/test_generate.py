@@ -43,7 +43,7 @@ def test_deferred_copying_equals_the_eager_definition(model, rule):
     assert len(counts) > 1 and counts[6] > 3                          # tokens leave early, and skipped layers are revisited
 
 
-def test_deferred_copying_equals_eager_in_fp32_too(model):
+def test_deferred_copying_equals_eager_in_fp32_too():
     small = random_model()
     for rule in RULES:
         assert run(small, 50, rule) == Llama.of(small).early_exit(PROMPT, 50, rule)
@@ -230,7 +230,7 @@ def test_an_early_token_is_the_best_of_the_list_and_a_late_one_the_best_of_all(m
         seen.add(token)
 
 
-def test_an_exiting_token_pays_no_head_and_a_check_only_the_list(model):
+def test_an_exiting_token_pays_no_head_and_a_check_only_the_list():
     read = collections.Counter()
 
     class Meter(torch.overrides.TorchFunctionMode):
@@ -393,7 +393,7 @@ def test_json_holds_what_generate_yields(checkpoint, tokenizer, monkeypatch, cap
     assert raw["prompt_tokens"] == tokenizer.encode("In order", bos=True)
 
 
-def test_piped_text_is_plain_and_whole(checkpoint, tokenizer, monkeypatch, capsys):
+def test_piped_text_is_plain_and_whole(checkpoint, monkeypatch, capsys):
     args = ("--ckpt", checkpoint, "--threshold", "0.3", "--max-new-tokens", 30, "Sort b a.")
     text = json.loads(command(monkeypatch, capsys, *args, "--json").out)["text"]
     out = command(monkeypatch, capsys, *args)

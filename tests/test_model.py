@@ -158,9 +158,12 @@ def test_saved_folders_are_metas_and_load_again(tmp_path, tokenizer):
     assert all(torch.equal(w.bfloat16(), again.state_dict()[k]) for k, w in model.state_dict().items())
 
 
-def test_context_is_4096_unless_lite_json_says_otherwise(tmp_path):
+def test_context_is_4096_unless_the_folder_says_otherwise(tmp_path):
     write_folder(tmp_path, random_model())
     assert read_args(tmp_path).max_seq_len == 4096
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | dict(max_seq_len=88)))
+    assert read_args(tmp_path).max_seq_len == 88                     # or params.json does, as some converters write it
     (tmp_path / "lite.json").write_text('{"max_seq_len": 77}')
     assert read_args(tmp_path).max_seq_len == 77
 

@@ -22,7 +22,7 @@ def rows():
 
 
 def steps(dtype, micro, n, rank=0, world=1):
-    """n optimizer steps with train.py's own parts. Returns first losses and gradients, then the weights."""
+    """n of train.py's steps. Returns the second one's losses and (clipped) gradients, then the weights."""
     torch.manual_seed(0)
     model = random_model(dtype=dtype).train()
     args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
@@ -37,21 +37,20 @@ def steps(dtype, micro, n, rank=0, world=1):
     ddp.register_forward_pre_hook(remember)
     # A last batch of 1 first: one rank has a row, the others run one of weight zero.
     plan = [[5], *(b for epoch in range(9) for b in T.batches(data, 8, 1, epoch))]
-    for step in range(n):
-        for group in optimizer.param_groups:
-            group["lr"] = T.learning_rate(step, args)
-        losses = T.gradients(ddp, data, plan[step], args, rank, world)
-        if step == 1:
-            first = dict(losses=losses, grads={k: p.grad.clone() for k, p in model.named_parameters()})
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
+    losses, grads, sizes = [], [], []
+
+    def look(*_):                                        # between a step and zero_grad
         remember()
+        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
         state = T.optimizer_state(model, optimizer)
-        size = dict(weights=size_of(model.parameters()), gradients=size_of(p.grad for p in model.parameters()),
-                    optimizer=size_of((t for s in state.values() for t in s.values()), model.parameters()))
-        optimizer.zero_grad()
-    return dict(**first, weights=model.state_dict(), places=max(len(x) for x in places.values()), size=size,
-                owned=list(state))
+        sizes.append(dict(weights=size_of(model.parameters()), gradients=size_of(p.grad for p in model.parameters()),
+                          optimizer=size_of((t for s in state.values() for t in s.values()), model.parameters())))
+
+    optimizer.register_step_post_hook(look)
+    for step in range(n):
+        losses.append(T.update(ddp, optimizer, data, plan[step], step, args, rank, world)[0])
+    return dict(losses=losses[1], grads=grads[1], weights=model.state_dict(), places=max(len(x) for x in places.values()),
+                size=sizes[-1], owned=list(T.optimizer_state(model, optimizer)))
 
 
 def size_of(tensors, apart=()):
