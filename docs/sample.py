@@ -17,7 +17,7 @@ WIDTH, LINE, X, RIGHT = 8.4, 26, 12, 720         # of a monospaced letter, of a 
 
 def shade(depth, layers):
     """(ground, ink), from a pale ground for the first layers to a dark one for all of them: readable in black and white."""
-    x = depth / layers
+    x = (depth / layers) ** 2
     return f"rgb({int(235 - 170 * x)},{int(245 - 130 * x)},{int(225 - 60 * x)})", "#fff" if x > 0.7 else "#111"
 
 
