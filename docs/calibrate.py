@@ -60,7 +60,7 @@ def cheapest(candidates, d, agreement):
 def copying(d, t, total):
     """How many disagreements a skipped layer costs later tokens, whose K and V there are copies: those that
     generation with thresholds t met (`total`: its numbers) but for the tokens that left wrongly themselves, per
-    layer skipped.  (A straight line through one point: deep skips cost more a layer than shallow ones.)"""
+    layer skipped.  (A straight line through one point: deep skips cost more a layer, and the first few more than many.)"""
     n, skipped = total["steps"], total["full_layers"] - total["layers"]
     return max(0, n - total["agreed"] - n * wrongly(t, d)) / max(1, skipped)
 
