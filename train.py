@@ -317,7 +317,7 @@ def join(args, step, device, world):
 def explain(e, args):
     """The error to raise for a RuntimeError: a line if a rank was lost or the disk is full, else e, a bug."""
     why = str(e).split(". ")[0][-60:]
-    if isinstance(e, dist.DistError) or "gloo" in str(e):
+    if isinstance(e, dist.DistError) or re.search("gloo|pair closure", str(e)):      # as gloo words it
         return InputError(f"lost another rank, or had no word from it for {args.timeout:g} s; {args.out} has "
                           f"the last save: go on with --resume ({why})")
     if "inline_container" in str(e):                     # torch.save's way to say that it cannot write
