@@ -378,8 +378,7 @@ def load_meta(folder, dtype=None, device="cpu"):
 
 def save_meta(folder, model, tokenizer, lite, dtype=torch.bfloat16):
     """Write a complete Meta folder into the (new, empty) folder; lite goes into lite.json beside."""
-    weights = {key: w.detach().to("cpu", dtype) for key, w in model.state_dict().items()}
-    torch.save(weights, folder / "consolidated.00.pth")
+    torch.save({k: w.to("cpu", dtype) for k, w in model.state_dict().items()}, folder / "consolidated.00.pth")
     params = {k: v for k, v in asdict(model.args).items() if v is not None and k != "max_seq_len"}
     (folder / "params.json").write_text(json.dumps(params) + "\n")
     (folder / "lite.json").write_text(json.dumps({"max_seq_len": model.args.max_seq_len, **lite}) + "\n")

@@ -571,6 +571,17 @@ def test_ranks_with_different_data_are_refused(tmp_path):
     assert done.returncode != 0 and done.stderr.count("error: the ranks differ") == 1 and not (tmp_path / "run").exists()
 
 
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that still holds a tensor while Python ends takes the process down, now and then: exit code -6."""
+    code = (f"import atexit, os, runpy, sys; sys.argv[0] = 'train.py'; sys.path.insert(0, {str(ROOT)!r}); "
+            "atexit.register(lambda: print([open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')])); "
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    (tmp_path / "listed.py").write_text(code)
+    args = ["--steps", 2, "--batch-size", 8, "--val", 16, "--out", tmp_path / "run"]
+    done = subprocess.run(torchrun(2, tmp_path / "listed.py", *args), env=ENV, capture_output=True, text=True, check=True)
+    assert done.stdout.count("['python") == 2 and "gloo" not in done.stdout, done.stdout
+
+
 def test_a_resumed_run_refuses_other_data(tmp_path):
     rows = [dict(instruction=f"Say bed {i}.", output="bed") for i in range(9)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
