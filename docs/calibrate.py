@@ -65,6 +65,35 @@ def copying(d, t, total):
     return max(0, n - total["agreed"] - n * wrongly(t, d)) / max(1, skipped)
 
 
+def said(model, prompts, exits, how, what):
+    """What every exit would have said of the N tokens of full depth's answers: sure, wrong (N, X), and in weights
+    ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit read, and all of them and the head."""
+    told = [measure(model, p, model.args.n_layers, {}, how, exits) for p in tqdm(prompts, what, disable=None)]
+    if not any(a.agrees for a in told) or not exits:
+        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} tokens, "
+                         f"{len(exits)} exits in a half; expected, in each, a prompt, an answer of two tokens, an exit")
+    sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
+    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
+    return SimpleNamespace(sure=sure, wrong=1 - right, ask=model.args.dim * np.concatenate([a.sizes for a in told]),
+                           cost=[*(n * layer for n in exits), model.args.n_layers * layer + head])
+
+
+def candidates(d, exits, single=False):
+    """Thresholds from cheap to safe: the best ones of 200 prices, and some on the way from each to the next."""
+    path = ([np.full(len(exits), t) for t in np.quantile(d.sure, np.linspace(0, 1, 200))] if single else
+            [best_thresholds(d, price * d.cost[0] / exits[0]) for price in np.geomspace(0.1, 1e4, 200)])     # in layers
+    return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]
+
+
+def without_copying(chosen, rest, exits, L, target, single=False):
+    """What early exit would be if K and V were exact, in layers: thresholds that run few layers at `target`
+    agreement for the tokens of `chosen`, tried on those of `rest`, whose oracle is that of eval.py."""
+    chosen, rest = (SimpleNamespace(**vars(d) | dict(ask=0 * d.ask, cost=[*exits, L])) for d in (chosen, rest))
+    t = cheapest(candidates(chosen, exits, single), chosen, target)
+    return dict(agreement=1 - wrongly(t, rest), saved=1 - beyond(-1, t, rest).mean() / L,
+                oracle=1 - np.where(rest.wrong, L, exits).min(1).mean() / L)
+
+
 def calibrate(model, prompts, exits, how, target, single=False):
     """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
     each exit would have said, and generation what copied K and V cost (`copying`); certified on the rest, by
@@ -73,32 +102,19 @@ def calibrate(model, prompts, exits, how, target, single=False):
     many there are (fixed-sequence testing).
     Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
-    told = [measure(model, p, L, {}, how, exits) for p in tqdm(prompts[::2], "choose", disable=None)]
-    if len(prompts) < 2 or not exits or not any(a.agrees for a in told):
-        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} "
-                         f"tokens, {len(exits)} exits; expected two prompts, answers of two tokens, an exit")
-    sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
-    layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
-    ask = model.args.dim * np.concatenate([a.sizes for a in told])               # all in weights
-    cost = [*(n * layer for n in exits), L * layer + head]
-    alone = SimpleNamespace(sure=sure, wrong=1 - right, ask=ask, cost=cost)
-
-    def candidates(d):
-        path = ([np.full(len(exits), t) for t in np.quantile(sure, np.linspace(0, 1, 200))] if single else
-                [best_thresholds(d, price * layer) for price in np.geomspace(0.1, 1e4, 200)])
-        return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]           # and between
+    alone, rest = (said(model, prompts[i::2], exits, how, what) for i, what in enumerate(("choose", "the rest")))
+    exact = without_copying(alone, rest, exits, L, target, single)
 
     def generated(t, prompts, what):
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
-    d, layers = alone, SimpleNamespace(sure=sure, ask=0 * ask, cost=[*exits, L], wrong=1 - right)
-    for turn in range(2):                                # what copying costs, and the thresholds that it leaves
-        t = cheapest(candidates(d), d, target)
-        ideal = ideal if turn else 1 - beyond(-1, t, layers).mean() / L
+    d = alone
+    for _ in range(2):                                   # what copying costs, and the thresholds that it leaves
+        t = cheapest(candidates(d, exits, single), d, target)
         harm = copying(alone, t, generated(t, prompts[::2], "copying")[1])
         d = SimpleNamespace(**vars(alone) | dict(wrong=alone.wrong + harm * (L - np.array(exits))))
-    every = candidates(d)
+    every = candidates(d, exits, single)
     for aim in (target + margin * (1 - target) for margin in MARGINS):
         if tries and not tries[-1]["certified"]:
             break
@@ -111,7 +127,8 @@ def calibrate(model, prompts, exits, how, target, single=False):
         bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
         tries.append(dict(
             aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
-            certified=bound >= target, exits_alone=1 - wrongly(t, alone), copying=harm, ideal=ideal, prompts=len(told), tokens=n, dtype=str(model.output.weight.dtype),
+            certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=harm, exact=exact, prompts=len(told),
+            tokens=n, dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries
 
@@ -123,8 +140,9 @@ def write_thresholds(path, lite, exits, tries, how):
         "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
         f"aim {100 * t['aim']:.2f}": [*(f"{100 * t[key]:.2f}" for key in columns),
                                       " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
-    print("Copied K and V cost {copying:.2%} of the later tokens for each layer that a token skips; without them {target:.1%} "
-          "agreement would save {ideal:.1%} of the layers.".format_map(tries[0]))
+    print("Copied K and V cost {copying:.2%} of the later tokens for each layer that a token skips.".format_map(tries[0]))
+    print("Were they exact, thresholds chosen for {target:.1%} and few layers would agree on ".format_map(tries[0]) +
+          "{agreement:.1%} and save {saved:.1%} of the layers (the oracle: {oracle:.1%}).".format_map(tries[0]["exact"]))
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")

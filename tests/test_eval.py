@@ -268,6 +268,21 @@ def test_copying_is_what_generation_lacks_beyond_wrong_exits():
     assert C.copying(d, np.ones(2), dict(steps=0, agreed=0, full_layers=0, layers=0)) == 0
 
 
+def test_without_copying_is_counted_in_layers_on_the_other_half():
+    chosen, rest = told(0, 400), told(1, 300)
+    found = C.without_copying(chosen, rest, [2, 4], 6, 0.9)
+    in_layers = lambda d: SimpleNamespace(sure=d.sure, wrong=d.wrong, ask=0 * d.ask, cost=[2, 4, 6])  # noqa: E731
+    grid = [(a, b) for a in [*np.arange(0.305, 1, 0.01), 1] for b in [*np.arange(0.305, 1, 0.01), 1]]
+    fewest = min(c for c, w in (naive(t, in_layers(chosen)) for t in grid) if w <= 40)       # of all pairs of thresholds
+    t = C.cheapest(C.candidates(in_layers(chosen), [2, 4]), in_layers(chosen), 0.9)
+    layers, wrong = naive(t, in_layers(chosen))
+    assert wrong <= 40 and layers <= 1.05 * fewest
+    layers, wrong = naive(t, in_layers(rest))
+    assert found["saved"] == pytest.approx(1 - layers / 1800) and found["agreement"] == pytest.approx(1 - wrong / 300)
+    first = [next((n for n, bad in zip((2, 4), row) if not bad), 6) for row in rest.wrong]
+    assert found["oracle"] == pytest.approx(1 - sum(first) / 1800)
+
+
 def test_calibration_counts_what_copying_costs_later_tokens(tiny, monkeypatch):
     """Where each skipped layer costs the tokens after it 1 % more, thresholds are safer from the start."""
     model, tokenizer, lite = tiny
@@ -343,7 +358,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("flags, where", [
-    ("--calibrate 0.9", "name it"), ("--ckpt TINY --limit 1 --calibrate 0.9", "1 prompts"), ("--ckpt TINY --limit 4 --max-new-tokens 1 --calibrate 0.9", "answers of two"),
+    ("--calibrate 0.9", "name it"), ("--ckpt TINY --limit 1 --calibrate 0.9", "found 0 prompts"), ("--ckpt TINY --limit 4 --max-new-tokens 1 --calibrate 0.9", "an answer of two"),
     ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "one of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
     ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--ckpt TINY --data DIR/half.jsonl", "line 1")])
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, where):
