@@ -14,6 +14,7 @@ from eval import measure
 from model import InputError
 
 MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
+AIMS = (0.99, 0.98, 0.95)                                 # agreement, where K and V are exact
 
 
 def beyond(x, t, d, price=0.0):
@@ -85,13 +86,14 @@ def candidates(d, exits, single=False):
     return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]
 
 
-def without_copying(chosen, rest, exits, L, target, single=False):
-    """What early exit would be if K and V were exact, in layers: thresholds that run few layers at `target`
-    agreement for the tokens of `chosen`, tried on those of `rest`, whose oracle is that of eval.py."""
+def without_copying(chosen, rest, exits, L, single=False):
+    """What early exit would be if K and V were exact, in layers: thresholds that run few layers at each of AIMS,
+    chosen on the tokens of `chosen` and tried on those of `rest`; the oracle is that of eval.py.  [dict]"""
     chosen, rest = (SimpleNamespace(**vars(d) | dict(ask=0 * d.ask, cost=[*exits, L])) for d in (chosen, rest))
-    t = cheapest(candidates(chosen, exits, single), chosen, target)
-    return dict(agreement=1 - wrongly(t, rest), saved=1 - beyond(-1, t, rest).mean() / L,
-                oracle=1 - np.where(rest.wrong, L, exits).min(1).mean() / L)
+    every, oracle = candidates(chosen, exits, single), np.where(rest.wrong, L, exits).min(1).mean()
+    rows = [(aim, cheapest(every, chosen, aim)) for aim in AIMS]
+    return [dict(aim=aim, agreement=1 - wrongly(t, rest), saved=1 - beyond(-1, t, rest).mean() / L,
+                 oracle=1 - oracle / L, thresholds=dict(zip(exits, t.tolist()))) for aim, t in rows]
 
 
 def calibrate(model, prompts, exits, how, target, single=False):
@@ -103,7 +105,7 @@ def calibrate(model, prompts, exits, how, target, single=False):
     Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     alone, rest = (said(model, prompts[i::2], exits, how, what) for i, what in enumerate(("choose", "the rest")))
-    exact = without_copying(alone, rest, exits, L, target, single)
+    exact = without_copying(alone, rest, exits, L, single)
 
     def generated(t, prompts, what):
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
@@ -136,13 +138,13 @@ def calibrate(model, prompts, exits, how, target, single=False):
 def write_thresholds(path, lite, exits, tries, how):
     """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
     columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
+    row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
-        f"aim {100 * t['aim']:.2f}": [*(f"{100 * t[key]:.2f}" for key in columns),
-                                      " ".join(f"{n}: {x:.3f}" for n, x in t["thresholds"].items())] for t in tries})
-    print("Copied K and V cost {copying:.2%} of the later tokens for each layer that a token skips.".format_map(tries[0]))
-    print("Were they exact, thresholds chosen for {target:.1%} and few layers would agree on ".format_map(tries[0]) +
-          "{agreement:.1%} and save {saved:.1%} of the layers (the oracle: {oracle:.1%}).".format_map(tries[0]["exact"]))
+        f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
+    table("the same tokens, were K and V exact", ["agreement", "layers saved", "the oracle's", "thresholds for few layers"], {
+        f"aim {100 * x['aim']:.2f}": row((x["agreement"], x["saved"], x["oracle"]), x["thresholds"]) for x in tries[0]["exact"]})
+    print(f"copied K and V cost {tries[0]['copying']:.2%} of the later tokens for each layer that a token skips")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
