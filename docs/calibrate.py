@@ -18,8 +18,8 @@ AIMS = (0.99, 0.98, 0.95)                                 # agreement, where K a
 
 
 def beyond(x, t, d, price=0.0):
-    """What each of N tokens costs once it is past exit number x, under thresholds t (X,): the weights that it
-    reads, and `price` if it leaves with another token than the last layer's."""
+    """What each of N tokens costs if no exit up to number x lets it go, under thresholds t (X,): the weights that
+    it reads, but for the checks up to there, and `price` if it leaves with another token than the last layer's."""
     cost = np.full(len(d.ask), d.cost[-1], dtype=float)
     for y in reversed(range(x + 1, len(t))):
         if t[y] < 1:
@@ -48,7 +48,8 @@ def best_thresholds(d, price):
 
 
 def wrongly(t, d):
-    """The share of tokens that leave, under thresholds t, with another token than the last layer's."""
+    """The share of tokens that leave, under thresholds t, with another token than the last layer's.  (Where d.wrong
+    counts what copying costs later tokens, too: the disagreements that a token brings about.)"""
     return (beyond(-1, t, d, 1) - beyond(-1, t, d)).mean()
 
 
@@ -58,17 +59,18 @@ def cheapest(candidates, d, agreement):
     return min(good, key=lambda t: beyond(-1, t, d).mean()) if good else np.ones(d.sure.shape[1])
 
 
-def copying(d, t, total):
+def copying(d, t, total, before=0.0):
     """How many disagreements a skipped layer costs later tokens, whose K and V there are copies: those that
-    generation with thresholds t met (`total`: its numbers) but for the tokens that left wrongly themselves, per
-    layer skipped.  (A straight line through one point: deep skips cost more a layer, and the first few more than many.)"""
+    generation with thresholds t met (`total`: its numbers), less full depth's own (rounding) and what leaves wrongly
+    on full depth's text, per layer skipped; `before`, if none was.  (A straight line through one point.)"""
     n, skipped = total["steps"], total["full_layers"] - total["layers"]
-    return max(0, n - total["agreed"] - n * wrongly(t, d)) / max(1, skipped)
+    return max(0, n * (d.own - wrongly(t, d)) - total["agreed"]) / skipped if skipped else before
 
 
 def said(model, prompts, exits, how, what):
     """What every exit would have said of the N tokens of full depth's answers: sure, wrong (N, X), and in weights
-    ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit read, and all of them and the head."""
+    ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit read, and all of them and the head;
+    own, full depth's agreement with itself."""
     told = [measure(model, p, model.args.n_layers, {}, how, exits) for p in tqdm(prompts, what, disable=None)]
     if not any(a.agrees for a in told) or not exits:
         raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} tokens, "
@@ -76,14 +78,14 @@ def said(model, prompts, exits, how, what):
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
     return SimpleNamespace(sure=sure, wrong=1 - right, ask=model.args.dim * np.concatenate([a.sizes for a in told]),
-                           cost=[*(n * layer for n in exits), model.args.n_layers * layer + head])
+                           own=np.mean([ok for a in told for ok in a.agrees]), cost=[*(n * layer for n in exits), model.args.n_layers * layer + head])
 
 
 def candidates(d, exits, single=False):
-    """Thresholds from cheap to safe: the best ones of 200 prices, and some on the way from each to the next."""
+    """Thresholds from cheap to safe: the best ones for 200 prices (single: 200 quantiles), and seven between two."""
     path = ([np.full(len(exits), t) for t in np.quantile(d.sure, np.linspace(0, 1, 200))] if single else
             [best_thresholds(d, price * d.cost[0] / exits[0]) for price in np.geomspace(0.1, 1e4, 200)])     # in layers
-    return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)]
+    return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)] + path[-1:]
 
 
 def without_copying(chosen, rest, exits, L, single=False):
@@ -111,10 +113,10 @@ def calibrate(model, prompts, exits, how, target, single=False):
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
-    d = alone
+    d, harm = alone, 0.0
     for _ in range(2):                                   # what copying costs, and the thresholds that it leaves
         t = cheapest(candidates(d, exits, single), d, target)
-        harm = copying(alone, t, generated(t, prompts[::2], "copying")[1])
+        harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
         d = SimpleNamespace(**vars(alone) | dict(wrong=alone.wrong + harm * (L - np.array(exits))))
     every = candidates(d, exits, single)
     for aim in (target + margin * (1 - target) for margin in MARGINS):
@@ -136,7 +138,7 @@ def calibrate(model, prompts, exits, how, target, single=False):
 
 
 def write_thresholds(path, lite, exits, tries, how):
-    """Tell what calibration tried, and put the cheapest thresholds that it certified into lite.json."""
+    """Tell what calibration tried, and put the last thresholds that it certified, the cheapest, into lite.json."""
     columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
     row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [

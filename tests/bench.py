@@ -203,7 +203,7 @@ def compare(args, model, lite, prompts, eos):
         r = rows[name] = dict(tokens_per_second=1 / statistics.median(t), S=statistics.median(f / x for f, x in zip(full, t)))
         if name in seen:
             r |= books(seen[name], seen["full depth"], model, eos)
-            r["share"] = (r["S"] - 1) / (r["P"] - 1) if r["P"] > 1.01 else None
+            r["share"] = (r["S"] - 1) / (r["P"] - 1) if r["P"] > 1.02 else None
     for layout, measured in ceilings.items():
         top, base = statistics.median(measured), rows["full depth"]
         print(f"one large matrix-vector product, {layout}, reads {top / 1e9:.1f} GB/s: full depth could make "

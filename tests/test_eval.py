@@ -214,7 +214,7 @@ def told(seed, n=60, exits=(2, 4), last=6):
     r = np.random.default_rng(seed)
     sure = np.round(r.random((n, len(exits))) ** 0.5, 2)             # with ties
     wrong = (r.random(sure.shape) > sure ** 0.3).astype(int)
-    return SimpleNamespace(sure=sure, wrong=wrong, ask=np.full(n, 10.0), cost=[100 * e for e in exits] + [100 * last + 50])
+    return SimpleNamespace(own=1.0, sure=sure, wrong=wrong, ask=np.full(n, 10.0), cost=[100 * e for e in exits] + [100 * last + 50])
 
 
 def naive(t, d):
@@ -265,7 +265,11 @@ def test_copying_is_what_generation_lacks_beyond_wrong_exits():
         total = dict(steps=600, agreed=600 - 10 * wrong - 45, full_layers=3600, layers=3000)
         assert C.copying(d, t, total) == pytest.approx(45 / 600)
         assert C.copying(d, t, total | dict(agreed=600)) == 0        # fewer than expected: no harm, not a gain
-    assert C.copying(d, np.ones(2), dict(steps=0, agreed=0, full_layers=0, layers=0)) == 0
+        d.own = 0.99                                     # full depth itself: 6 of 600
+        assert C.copying(d, t, total) == pytest.approx(39 / 600)
+        d.own = 1.0
+    for nothing in (dict(steps=0, agreed=0, full_layers=0, layers=0), dict(steps=600, agreed=590, full_layers=3600, layers=3600)):
+        assert C.copying(d, np.ones(2), nothing, 0.02) == 0.02          # nothing skipped tells nothing
 
 
 def test_without_copying_is_counted_in_layers_on_the_other_half():
