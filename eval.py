@@ -139,7 +139,7 @@ def parse_args():
                "much agreement, certify them, and write them into lite.json")
     parser.add("--out", metavar="FILE.jsonl", help="the answers (default: in results/, named by settings)")
     parser.add("--max-new-tokens", 128)
-    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
+    for flag in "--by-layers --ckpt --limit --exits --shortlist --dtype --device".split():
         parser.add(flag)
     args = parser.parse_args()
     if args.out and not args.out.endswith(".jsonl"):
@@ -196,7 +196,7 @@ def main():
     if not args.calibrate:
         return evaluate(args, model, tokenizer, lite, work, exits, how)
     from docs.calibrate import calibrate, write_thresholds           # not at the top: it imports this file
-    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.calibrate)
+    tries = calibrate(model, [p for *_, p in work], exits, how, args.calibrate, args.by_layers)
     write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
 
 

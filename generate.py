@@ -203,10 +203,7 @@ def exit_rule(threshold, exits, lite, n_layers):
 def frequent_tokens(args, lite):
     """lite.json's tokens for exit checks: the first --shortlist; else as many as its thresholds were chosen
     with (check), if it says so; else all. An empty list means the whole head."""
-    check, n = lite.get("check"), args.shortlist
-    if args.threshold is None and None not in (check, n) and check != n:
-        print(f"note: lite.json's thresholds were chosen with --shortlist {check}", file=sys.stderr)
-    return lite.get("shortlist", [])[:check if n is None else n]
+    return lite.get("shortlist", [])[:lite.get("check") if args.shortlist is None else args.shortlist]
 
 
 def load_for_decoding(args):

@@ -99,13 +99,6 @@ def pack(w):
     return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # for ~4 rows
 
 
-def side_by_side(x, joint, *linears):
-    """The product of x with each matrix; one product with all where `fuse` has joined them."""
-    if joint is None:
-        return [linear(x) for linear in linears]
-    return product(x, joint).split([linear.out_features for linear in linears], -1)
-
-
 def wide(x):
     """x in fp32, unless it is wider already (tests run in float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -149,11 +142,13 @@ class Attention(nn.Module):
         kv[0, :, :, pos:end], kv[1, :, :, pos:end] = k, v
         return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
 
-    def forward(self, x, pos, T, kv=None):
-        """x (B, R, D) at positions pos..: K and V for all R rows, attention for the last T: (B, T, D)."""
-        H, K, G = self.n_heads, self.n_kv_heads, self.n_heads // self.n_kv_heads
-        parts = side_by_side(x, self.joint, self.wk, self.wq, self.wv)
-        k, q, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)               # (B, R, heads, E)
+    def forward(self, x, left, pos, T, kv=None):
+        """x (B, R, D) at positions pos..: attention for the last T of them, (B, T, D), to K and V made from
+        left (B, R, D): x itself, but in training on copies.  One product makes all where `fuse` joined it."""
+        H, K, E, G = self.n_heads, self.n_kv_heads, self.head_dim, self.n_heads // self.n_kv_heads
+        parts = ((self.wk(left), self.wq(x), self.wv(left)) if self.joint is None or left is not x else
+                 product(x, self.joint).split((K * E, H * E, K * E), -1))
+        k, q, v = (part.unflatten(-1, (-1, E)) for part in parts)                           # (B, R, heads, E)
         k, q = self.rotate(torch.cat((k, q), 2), pos).split([K, H], 2)
         (k, v), q = self.keep(k, v, pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
         S = k.size(2)
@@ -177,7 +172,7 @@ class FeedForward(nn.Module):
         self.joint = None
 
     def forward(self, x):
-        gate, up = side_by_side(x, self.joint, self.w1, self.w3)
+        gate, up = (self.w1(x), self.w3(x)) if self.joint is None else product(x, self.joint).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
 
@@ -189,12 +184,14 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(args), FeedForward(args)
         self.attention_norm, self.ffn_norm = (RMSNorm(args.dim, args.norm_eps) for _ in range(2))
 
-    def forward(self, h, pos=0, kv=None, debt=None):
+    def forward(self, h, pos=0, kv=None, debt=None, left=None):
         """h (B, T, D) at positions pos.. through the layer; kv (2, B, K, S, E) is the layer's cache, if any.
         debt (B, P, D): the states of the P positions before pos, which skipped this layer.  Their K and V are
-        made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv."""
-        rows = h if debt is None else torch.cat((debt, h), 1)
-        h = h + self.attention(self.attention_norm(rows), pos - rows.size(1) + h.size(1), h.size(1), kv)
+        made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv.
+        left (B, T, D): in training, the states that the T positions' own K and V are made from, if not h."""
+        rows = self.attention_norm(h if debt is None else torch.cat((debt, h), 1))
+        left = rows if left is None else self.attention_norm(left)
+        h = h + self.attention(rows, left, pos - rows.size(1) + h.size(1), h.size(1), kv)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -244,17 +241,20 @@ class Transformer(nn.Module):
         a = self.layers[0].attention
         return self.output.weight.new_empty(len(self.layers), 2, B, a.n_kv_heads, S, a.head_dim)
 
-    def states(self, tokens, exits=(), pos=0, cache=None):
-        """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's."""
-        h = self.tok_embeddings(tokens)
+    def states(self, tokens, exits=(), pos=0, cache=None, leave=None):
+        """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's.
+        leave (B, T), in training: the layer that each token leaves at.  It runs on, but its K and V above are
+        made from the state it left with: what later tokens attend to is as in decoding."""
+        h = left = self.tok_embeddings(tokens)
+        run = partial(checkpoint, use_reentrant=False) if self.checkpoint_blocks else Block.__call__
         for n, block in enumerate(self.layers, 1):
-            kv = None if cache is None else cache[n - 1]
-            h = checkpoint(block, h, use_reentrant=False) if self.checkpoint_blocks else block(h, pos, kv)
+            left = None if leave is None else torch.where(leave[..., None] < n - 1, left, h)
+            h = run(block, h, pos, None if cache is None else cache[n - 1], None, left)
             if n in exits and n < len(self.layers):
                 yield h
         yield h
 
-    def forward(self, tokens, labels=None, exits=()):
+    def forward(self, tokens, labels=None, exits=(), leave=None):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
         a sum over labelled positions: only the caller knows their count over all ranks.  These alone meet the
         head, LOGIT_ROWS at a time, and again in the backward pass: (LOGIT_ROWS, V) lives, not X+1 (N, V)."""
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         labels = labels.flatten()
         parts = (labels != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS)
         loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
-        states = [h.flatten(0, 1) for h in self.states(tokens, exits)]                       # (B T, D) each
+        states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
         return torch.stack([sum(loss(h.index_select(0, i), labels[i]) for i in parts) for h in states])
 
     def cross_entropy(self, h, targets):

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
@@ -59,22 +60,18 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
-
-    def state_of(self, p):
-        """master, m and v of p (its shape; fp32 or wider) and the number of steps it has made."""
-        if not self.state[p]:
-            w = wide(p.detach())
+        for p in (p for group in self.param_groups for p in group["params"]):
+            w = wide(p.detach())                         # of p's shape, fp32 or wider, like both moments
             self.state[p] = dict(master=w, m=torch.zeros_like(w), v=torch.zeros_like(w), step=w.new_zeros(()))
-        return self.state[p]
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay = group["lr"], group["weight_decay"]
             for p in (p for p in group["params"] if p.grad is not None):         # one fp32 gradient at a time
-                master, m, v, steps = self.state_of(p).values()
+                master, m, v, steps = self.state[p].values()
                 adamw([master], [wide(p.grad)], [m], [v], [], [steps], fused=True, amsgrad=False,
-                      maximize=False, beta1=0.9, beta2=0.95, lr=lr, weight_decay=decay, eps=1e-8)
+                      maximize=False, beta1=0.9, beta2=0.95, eps=1e-8, lr=group["lr"],
+                      weight_decay=group["weight_decay"])
                 p.copy_(master)
 
 
@@ -89,17 +86,15 @@ def optimizer_for(model, args, world=1):
 
 def optimizer_state(model, optimizer):
     """{name: state} of the parameters whose state this rank keeps: what it saves."""
-    local = getattr(optimizer, "optim", optimizer)                   # ZeRO's own part
-    mine = {p for group in local.param_groups for p in group["params"]}
-    return {name: local.state_of(p) for name, p in model.named_parameters() if p in mine}
+    state = getattr(optimizer, "optim", optimizer).state             # of ZeRO its own part
+    return {name: state[p] for name, p in model.named_parameters() if p in state}
 
 
 @torch.no_grad()
 def load_optimizer(folder, model, optimizer):
     """Take over what any number of ranks saved. (torch's load_state_dict would cast masters to bf16.)"""
-    saved, params = {}, dict(model.named_parameters())
-    for path in sorted(folder.glob("optimizer.*.pt")):               # mapped: only what is copied is read
-        saved |= load_tensors(path)
+    params, paths = dict(model.named_parameters()), folder.glob("optimizer.*.pt")
+    saved = {k: v for path in paths for k, v in load_tensors(path).items()}      # mapped, not read
     if saved.keys() != params.keys():
         raise InputError(f"{folder}: {len(saved)} of {len(params)} states; is an optimizer.NN.pt missing?")
     for name, p in params.items():
@@ -118,8 +113,8 @@ def learning_rate(step, args):
 
 def distribute(model, exits, world):
     """The model in DDP, where p.grad is a view of the bucket that is summed over the ranks: it exists once.
-    DDP lays its buckets out anew after its first backward pass.  Here that is one without weight: else the
-    first step would hold two sets of gradients, and that of a resumed run would round unlike any other."""
+    After its first backward pass DDP lays its buckets out anew.  Here that pass is one without weight: else
+    the first step would hold gradients twice, and that of a resumed run would round unlike any other."""
     if world == 1:
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -128,14 +123,25 @@ def distribute(model, exits, world):
     return ddp
 
 
-def gradients(model, rows, batch, args, rank=0, world=1):
-    """Run a global batch forward and backward. Returns the mean loss of each exit and the last layer, (X+1,).
-    It is one mean over all response tokens of the batch, however this is cut into ranks and micro-batches:
-    each part adds its sum / count.  DDP averages gradients over the ranks, hence `* world`, and at every
-    micro-batch, on purpose: under no_sync the gradients would leave the buckets, and exist twice."""
+def departures(rows, ids, step, args, device):
+    """Where the tokens of the rows `ids` leave in training, (B, T): a share --copying of those that decoding
+    would generate at a random exit, the others never. A function of step and row: any rank draws the same."""
+    out = []
+    for i in ids if args.copying else ():
+        r, (tokens, n_prompt) = random.Random(f"{args.seed} {step} {i}"), rows[i]
+        out.append(torch.tensor([math.inf] * n_prompt + [
+            r.choice(args.exits) if r.random() < args.copying else math.inf for _ in tokens[n_prompt:-1]]))
+    return pad_sequence(out, batch_first=True).to(device) if out else None       # nobody attends to a pad
+
+
+def gradients(model, rows, batch, args, step=0, rank=0, world=1):
+    """Run a global batch forward and backward. Returns the losses (X+1,), means over all its response tokens,
+    however it is cut into ranks and micro-batches: each part adds its sum / count.  DDP averages over ranks,
+    hence `* world`, and at every micro-batch, on purpose: under no_sync gradients would exist twice."""
     count, total = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch)), 0
     for part in share(batch, rank, world, args.micro_batch_size):
-        losses = model(*collate([rows[i] for i in part], next(model.parameters()).device), args.exits)
+        tokens, labels = collate([rows[i] for i in part], next(model.parameters()).device)
+        losses = model(tokens, labels, args.exits, departures(rows, part, step, args, tokens.device))
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
         total = total + losses.detach()
     if world > 1:
@@ -147,7 +153,7 @@ def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1):
     """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    losses = gradients(ddp, rows, batch, args, rank, world).tolist()               # waits for the device
+    losses = gradients(ddp, rows, batch, args, step, rank, world).tolist()    # waits for the device
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip).item()
     check_finite([*losses, norm], step + 1, args)
     optimizer.step()
@@ -201,6 +207,7 @@ def flags():
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
+    parser.add("--copying", 0.0)
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
@@ -255,6 +262,8 @@ def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
+    if args.copying and not exits:
+        raise InputError(f"--copying {args.copying}: found no exit to leave at; drop it, or --no-lite")
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights {args.weights}: expected {len(exits) + 1}, not all 0: for {exits}, last")
@@ -342,7 +351,11 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
         halt = halt.item()
         due = step % args.save_every == 0 or step == args.steps
         if due and not halt:                             # whoever sent a signal may not wait
-            validate(model, val, args, step, log, note)
+            losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
+            check_finite(losses, step, args)
+            print(json.dumps(dict(step=step, validation=losses)), file=log)
+            note(f"step {step}: validation loss (tokens right) " + ", ".join(
+                f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip([*args.exits, "last"], losses, right)))
         if due or halt:
             save(out, step, model, optimizer, tokenizer, args, rank, world)
         if halt or step == args.steps:
@@ -359,15 +372,6 @@ def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     note(f"stopped by signal {halt} after step {step}; saved; go on with --resume" if halt else
          f"trained {step - first} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
     return halt
-
-
-def validate(model, val, args, step, log, note):
-    """Tell and log the loss of every exit on the held-out rows."""
-    losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
-    check_finite(losses, step, args)
-    print(json.dumps(dict(step=step, validation=losses)), file=log)
-    note(f"step {step}: validation loss (tokens right) " + ", ".join(
-        f"exit {n} {x:.3f} ({a:.0%})" for n, x, a in zip([*args.exits, "last"], losses, right)))
 
 
 def check_finite(values, step, args):

@@ -88,26 +88,33 @@ def candidates(d, exits, single=False):
     return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)] + path[-1:]
 
 
+def in_layers(d, exits, L):
+    """d, of which a layer costs 1, a check and the head nothing."""
+    return SimpleNamespace(**vars(d) | dict(ask=0 * d.ask, cost=[*exits, L]))
+
+
 def without_copying(chosen, rest, exits, L, single=False):
     """What early exit would be if K and V were exact, in layers: thresholds that run few layers at each of AIMS,
     chosen on the tokens of `chosen` and tried on those of `rest`; the oracle is that of eval.py.  [dict]"""
-    chosen, rest = (SimpleNamespace(**vars(d) | dict(ask=0 * d.ask, cost=[*exits, L])) for d in (chosen, rest))
+    chosen, rest = (in_layers(d, exits, L) for d in (chosen, rest))
     every, oracle = candidates(chosen, exits, single), np.where(rest.wrong, L, exits).min(1).mean()
     rows = [(aim, cheapest(every, chosen, aim)) for aim in AIMS]
     return [dict(aim=aim, agreement=1 - wrongly(t, rest), saved=1 - beyond(-1, t, rest).mean() / L,
                  oracle=1 - oracle / L, thresholds=dict(zip(exits, t.tolist()))) for aim, t in rows]
 
 
-def calibrate(model, prompts, exits, how, target, single=False):
+def calibrate(model, prompts, exits, how, target, by_layers=False, single=False):
     """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
     each exit would have said, and generation what copied K and V cost (`copying`); certified on the rest, by
     generating with them.  Candidates come from safe to cheap, and the first whose one-sided 95 % bound misses
     the target ends it.  As each is tried only if all before it passed, the 5 % hold for the one kept, however
     many there are (fixed-sequence testing).
-    Returns what was tried, [dict].  single: one threshold for all exits (to compare with)."""
+    Returns what was tried, [dict].  by_layers: thresholds for few layers, not for few bytes.  single: one
+    threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     alone, rest = (said(model, prompts[i::2], exits, how, what) for i, what in enumerate(("choose", "the rest")))
     exact = without_copying(alone, rest, exits, L, single)
+    alone = in_layers(alone, exits, L) if by_layers else alone
 
     def generated(t, prompts, what):
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
@@ -132,7 +139,7 @@ def calibrate(model, prompts, exits, how, target, single=False):
         tries.append(dict(
             aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
             certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=harm, exact=exact, prompts=len(told),
-            tokens=n, dtype=str(model.output.weight.dtype),
+            by_layers=by_layers, tokens=n, dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries
 

@@ -40,8 +40,11 @@ FLAGS = {
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)"),
     "--limit": dict(type=number(int, 1), metavar="N", help="use N examples, evenly spaced, of each file; of the embedded set (not in training) the first"),
+    "--copying": dict(type=number(float, 0, 1), metavar="X", help="share of response tokens that leave early in "
+                      "training, too: those after them attend to copies, as in decoding (not in the paper)"),
     "--no-lite": dict(action="store_true", help="plain tuning: the last layer's loss alone"),
     "--activation-checkpointing": dict(action="store_true", help="compute blocks twice, to save memory"),
+    "--by-layers": dict(action="store_true", help="--calibrate for few layers, not for few bytes of weights"),
     "--json": dict(action="store_true", help="print results for machines, on the last lines of stdout"),
 }
 

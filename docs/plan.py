@@ -20,11 +20,11 @@ from model import LOGIT_ROWS, InputError, Transformer, find_checkpoint, read_arg
 from train import GIB, RECIPES, choose_exits, optimizer_for  # noqa: E402
 
 
-def kept(f, x):
-    """Bytes that autograd keeps of f(x) for the backward pass, f's parameters apart."""
+def kept(f, x, **more):
+    """Bytes that autograd keeps of f(x, ..) for the backward pass, f's parameters apart."""
     kept, own = [], {p.untyped_storage()._cdata for p in f.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()), lambda _: None):
-        f(x)                                             # never run backward
+        f(x, **more)                                     # never run backward
     return sum({s._cdata: s.nbytes() for s in kept if s._cdata not in own}.values())
 
 
@@ -40,8 +40,9 @@ def plan(shape, args, world):
             dealt[dealt.index(min(dealt))] += p.numel()
     B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
     h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
-    block, n, state = kept(model.layers[0], h), sum(dealt), 12 if c < 4 else 8
-    blocks, how = ((L * h.nbytes + block, "their inputs, and one block recomputed") if
+    left = torch.empty_like(h, requires_grad=True) if args.copying else None
+    block, n, state = kept(model.layers[0], h, left=left), sum(dealt), 12 if c < 4 else 8
+    blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
     parts = dict(
         weights=(n * c, f"{n:,}, {c} bytes each"),
@@ -67,6 +68,7 @@ def parse_args():
         parser.add(flag, default, type=kind, help=meaning)
     for flag in ("--activation-checkpointing", "--no-lite", "--exits"):
         parser.add(flag)
+    parser.add("--copying", 0.0)
     parser.set_defaults(weights=None, lr=0.0, weight_decay=0.0)      # these take no memory
     return parser.parse_args()
 

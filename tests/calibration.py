@@ -44,7 +44,7 @@ def one(seed):
     fresh = lambda t: row([measure(model, p, model.args.n_layers, t, how).numbers for p in prompts[CALIBRATE:]], t)  # noqa: E731
     rows = {}
     for kind, single in (("one an exit", False), ("one for all", True)):
-        tries = calibrate(model, prompts[:CALIBRATE], lite["exits"], how, TARGET, single)
+        tries = calibrate(model, prompts[:CALIBRATE], lite["exits"], how, TARGET, single=single)
         rows[kind] = fresh([t for t in tries if t["certified"]][-1]["thresholds"])
     low, high = 0.40, 0.98                               # agreement rises with the threshold, but for noise
     while high - low > 0.01:

@@ -333,13 +333,28 @@ def test_full_depth_answers_and_the_first_exit_alone_does_not(tiny):
     assert share[-1] >= 0.80 and share[0] <= share[-1] - 0.15, share
 
 
+def test_calibration_by_layers_does_not_mind_what_a_check_reads(tiny, monkeypatch):
+    """Where a check reads as much as four layers, thresholds for few bytes are 1; those for few layers are as they were."""
+    model, tokenizer, lite = tiny
+    prompts = [tokenizer.encode(D.prompt_text(e), bos=True) for e in Q.embedded(60, split="test")]
+    how, said = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"]), C.said
+
+    def dear(*args):
+        d = said(*args)
+        return SimpleNamespace(**vars(d) | dict(ask=0 * d.ask + 4 * d.cost[0]))
+
+    monkeypatch.setattr(C, "said", dear)
+    by_bytes, by_layers = (C.calibrate(model, prompts, [2, 4, 6], how, 0.98, which)[0] for which in (False, True))
+    assert by_bytes["layers saved"] < 0.1 and by_layers["layers saved"] > 0.6 and by_layers["by_layers"]
+
+
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
     before = json.loads((folder / "lite.json").read_text())
     call(monkeypatch, E, f"--ckpt {folder} --limit 20 --calibrate 0.999", fails="lite.json is as it was")       # too few to tell
     assert json.loads((folder / "lite.json").read_text()) == before
     capsys.readouterr()
-    call(monkeypatch, E, f"--ckpt {folder} --limit 240 --calibrate 0.95")
+    call(monkeypatch, E, f"--ckpt {folder} --limit 240 --calibrate 0.95 --by-layers")
     assert "aim 99.00" in capsys.readouterr().out
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]

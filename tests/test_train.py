@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ from conftest import ROOT, random_model
 from data import batches, embedded, tokenize
 from eval import exit_losses
 from kill import environ, processes
-from model import InputError, Transformer, load_meta
+from model import IGNORE, InputError, Transformer, load_meta
+from reference import Llama
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 TINY = ["--steps", "6", "--batch-size", "8", "--micro-batch-size", "8", "--val", "16", "--save-every", "3"]
@@ -90,9 +92,45 @@ def compare(one, other, loss, weight):
         assert max((w - other["weights"][k]).abs().max().item() for k, w in one["weights"].items()) < weight
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_on_copies_attends_to_what_decoding_leaves_in_the_cache(checkpointing):
+    """Against the naive decoder, which copies eagerly: a token's states up to the layer that it leaves at, and its loss there."""
+    model, tokens, leave = random_model(dtype=torch.float64), [3, 14, 15, 9, 26, 5, 35, 8], [math.inf, 2, 4, math.inf, 2, 2, math.inf, 4]
+    model.checkpoint_blocks, naive = checkpointing, Llama.of(model)
+    got = [*model.states(torch.tensor([tokens]), (2, 4), leave=torch.tensor([leave]))]
+    for pos, (token, depth) in enumerate(zip(tokens, leave)):
+        h, depth = naive.w["tok_embeddings.weight"][token], min(depth, naive.L)
+        for layer in range(depth):
+            h = naive.layer(layer, pos, h)
+            if layer + 1 in (2, 4, 6):
+                np.testing.assert_allclose(got[layer // 2][0, pos].detach(), h, rtol=1e-4, atol=1e-4)    # rope is fp32
+        for layer in range(depth, naive.L):
+            naive.write_kv(layer, pos, h)
+    exact = [*model.states(torch.tensor([tokens]), (2, 4))]
+    assert torch.equal(got[0], exact[0]) and (got[2] - exact[2])[0, 6].abs().max() > 1e-3             # copies are not exact
+    labels = torch.tensor([[IGNORE] * 6 + [8, IGNORE]])
+    losses = model(torch.tensor([tokens]), labels, (2, 4), torch.tensor([leave]))
+    assert losses[2].item() == pytest.approx(-model.logits(got[2][0, 6]).log_softmax(-1)[8].item(), rel=1e-12)
+
+
+def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_rank():
+    rows, args = [(list(range(60)), 20), (list(range(45)), 44), (list(range(50)), 3)] * 40, SimpleNamespace(seed=0, copying=0.4, exits=[2, 4])
+    leave = T.departures(rows, range(120), 7, args, "cpu")
+    assert leave.shape == (120, 59) and torch.equal(leave[5:9, :49], T.departures(rows, [5, 6, 7, 8], 7, args, "cpu")[:, :49])
+    early = leave < math.inf
+    early[1::3, 44:], early[2::3, 49:] = False, False                 # pads
+    assert not early[0::3, :20].any() and not early[1::3].any() and not early[2::3, :3].any()
+    n = 40 * (39 + 46)                                                # the last token of a row is only predicted
+    assert abs(early.sum().item() / n - 0.4) < 4 * math.sqrt(0.24 / n)
+    assert ((leave == 2) | (leave == 4))[early].all() and abs((leave == 2).sum().item() / early.sum().item() - 0.5) < 4 * 0.5 / math.sqrt(0.4 * n)
+    assert not torch.equal(leave, T.departures(rows, range(120), 8, args, "cpu"))
+    args.copying = 0.0
+    assert T.departures(rows, range(120), 7, args, "cpu") is None
+
+
 def test_the_mean_is_over_tokens_not_over_means():
     model, rows = random_model(dtype=torch.float64), worker.rows()
-    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2)
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0)
     got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
     want, count = torch.zeros(3, dtype=torch.float64), 0
     for i in (0, 7, 13, 20, 31):
@@ -162,7 +200,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -192,7 +230,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
-                               lr=0.0, activation_checkpointing=False)
+                               lr=0.0, copying=0.5, activation_checkpointing=False)
         parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
