@@ -238,8 +238,8 @@ def resolve(parser):
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
     saved = read_json(path)
     args = parser.parse_args(namespace=Namespace(**saved["args"]))   # flags, if given, change what was saved
-    for key, old in saved["args"].items():
-        if (new := getattr(args, key)) != old and key not in LAYOUT:
+    for key, new in settings(args).items():
+        if new != (old := saved["args"].get(key, parser.get_default(key))) and key not in LAYOUT:
             raise InputError(f"--{key.replace('_', '-')} {new}: the run in {out} has {old}, and keeps it")
     return args, saved["step"]
 
@@ -300,10 +300,11 @@ def main():
     try:
         if world > 1:
             join(args, step, device, world)
+        ddp = distribute(model, args.exits, world)       # all ranks have rank 0's weights from here on
         optimizer = optimizer_for(model, args, world)
         if args.resume:
             load_optimizer(find_checkpoint(args.out), model, optimizer)
-        halt = train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
+        halt = train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     except RuntimeError as e:
         raise explain(e, args) from None
     if world > 1:
@@ -334,12 +335,11 @@ def explain(e, args):
     return e
 
 
-def train(model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
+def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
     out, caught, started, device = Path(args.out), [0], time.time(), model.output.weight.device
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: caught.append(number))
-    ddp = distribute(model, args.exits, world)
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
     first, log = step, open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
     bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", mininterval=1,

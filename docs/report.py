@@ -41,7 +41,7 @@ def identity(args, model, work, settings):
     ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
-    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate")}
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate", "by_layers")}
     flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
     code = [p.read_text() for p in sorted(Path(__file__).parents[1].glob("*.py"))]
     header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files, code)).encode()))

@@ -334,7 +334,7 @@ def test_full_depth_answers_and_the_first_exit_alone_does_not(tiny):
 
 
 def test_calibration_by_layers_does_not_mind_what_a_check_reads(tiny, monkeypatch):
-    """Where a check reads as much as four layers, thresholds for few bytes are 1; those for few layers are as they were."""
+    """Where a check reads as much as eight layers, thresholds for few bytes are 1; those for few layers are as they were."""
     model, tokenizer, lite = tiny
     prompts = [tokenizer.encode(D.prompt_text(e), bos=True) for e in Q.embedded(60, split="test")]
     how, said = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"]), C.said
@@ -359,7 +359,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]
     assert found["bound"] >= 0.95 <= found["agreement"] and found["layers saved"] > 0.6 and found["prompts"] == 120
-    assert lite["thresholds"] == found["thresholds"] and lite["check"] == len(before["shortlist"])
+    assert lite["thresholds"] == found["thresholds"] and found["by_layers"] and lite["check"] == len(before["shortlist"])
     assert {key: lite[key] for key in before} == before
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
     said = capsys.readouterr().err

@@ -120,12 +120,24 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
     early = leave < math.inf
     early[1::3, 44:], early[2::3, 49:] = False, False                 # pads
     assert not early[0::3, :20].any() and not early[1::3].any() and not early[2::3, :3].any()
+    assert early[0::3, 20].any() and early[2::3, 3].any()             # the first generated token may leave
     n = 40 * (39 + 46)                                                # the last token of a row is only predicted
     assert abs(early.sum().item() / n - 0.4) < 4 * math.sqrt(0.24 / n)
     assert ((leave == 2) | (leave == 4))[early].all() and abs((leave == 2).sum().item() / early.sum().item() - 0.5) < 4 * 0.5 / math.sqrt(0.4 * n)
     assert not torch.equal(leave, T.departures(rows, range(120), 8, args, "cpu"))
     args.copying = 0.0
     assert T.departures(rows, range(120), 7, args, "cpu") is None
+
+
+def test_a_step_trains_on_its_own_departures():
+    model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
+    for step, copying in ((3, 0.0), (3, 0.5), (4, 0.5)):
+        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, seed=1)
+        losses[step, copying] = T.gradients(model, rows, [5, 9, 30], args, step)
+        parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
+        want = sum(model(*labelled, args.exits, leave).detach() for labelled, leave in parts)
+        torch.testing.assert_close(losses[step, copying] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
+    assert len({x[-1].item() for x in losses.values()}) == 3 and len({x[0].item() for x in losses.values()}) == 1      # exit 2 sees no copy
 
 
 def test_the_mean_is_over_tokens_not_over_means():
@@ -235,6 +247,21 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
         assert sum(s["optimizer"] for s in sizes) < 1.1 * 2 * parts["optimizer"]
+
+
+def test_the_plan_counts_what_copies_take():
+    model, tokens, seen = random_model(), torch.zeros(2, 29, dtype=torch.long), []
+    for copying in (0.0, 0.5):
+        args = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[], weight_decay=0.0, lr=0.0,
+                               copying=copying, activation_checkpointing=False)
+        leave, kept = torch.full((2, 29), 3.0) if copying else None, {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}), lambda _: None)
+        with hooks:
+            end = [*model.states(tokens, leave=leave)]                # held: a freed storage's address may come again
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        seen.append((P.plan(model.args, args, 1)["activations"][0], sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)))
+        assert end
+    assert seen[1][1] - seen[0][1] == pytest.approx(seen[1][0] - seen[0][0], rel=0.02) and seen[1][0] > 1.1 * seen[0][0]
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_weights():

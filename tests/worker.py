@@ -28,8 +28,10 @@ def steps(dtype, micro, n, rank=0, world=1):
     model = random_model(dtype=dtype).train()
     args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], copying=0.5, micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
                            warmup=0.1, steps=n, batch_size=8, seed=1, clip=1.0)
-    optimizer, data, places = T.optimizer_for(model, args, world), rows(), {}
-    ddp = T.distribute(model, EXITS, world)
+    for p in model.parameters() if rank else ():         # rank 0's weights count
+        p.data.add_(1)
+    ddp, data, places = T.distribute(model, EXITS, world), rows(), {}
+    optimizer = T.optimizer_for(model, args, world)
 
     def remember(*_):                                    # where each gradient lies, at every micro-batch but a step's first
         for name, p in model.named_parameters():
