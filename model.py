@@ -143,12 +143,12 @@ class Attention(nn.Module):
         return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
 
     def forward(self, x, left, pos, T, kv=None):
-        """x (B, R, D) at positions pos..: attention for the last T of them, (B, T, D), to K and V made from
-        left (B, R, D): x itself, but in training on copies.  One product makes all where `fuse` joined it."""
+        """x (B, P+T, D) at positions pos..: attention for the last T, (B, T, D), to K and V made from
+        left (B, P+T, D): x, but in training on copies.  Where `fuse` joined it, one product makes all."""
         H, K, E, G = self.n_heads, self.n_kv_heads, self.head_dim, self.n_heads // self.n_kv_heads
         parts = ((self.wk(left), self.wq(x), self.wv(left)) if self.joint is None or left is not x else
                  product(x, self.joint).split((K * E, H * E, K * E), -1))
-        k, q, v = (part.unflatten(-1, (-1, E)) for part in parts)                           # (B, R, heads, E)
+        k, q, v = (part.unflatten(-1, (-1, E)) for part in parts)                         # (B, P+T, heads, E)
         k, q = self.rotate(torch.cat((k, q), 2), pos).split([K, H], 2)
         (k, v), q = self.keep(k, v, pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
         S = k.size(2)
@@ -243,8 +243,8 @@ class Transformer(nn.Module):
 
     def states(self, tokens, exits=(), pos=0, cache=None, leave=None):
         """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's.
-        leave (B, T), in training: the layer that each token leaves at.  It runs on, but its K and V above are
-        made from the state it left with: what later tokens attend to is as in decoding."""
+        leave (B, T), in training: the layer n that each token leaves at, or inf.  It runs on, but K and V
+        above are made from its state after n layers: what later tokens attend to is as in decoding."""
         h = left = self.tok_embeddings(tokens)
         run = partial(checkpoint, use_reentrant=False) if self.checkpoint_blocks else Block.__call__
         for n, block in enumerate(self.layers, 1):

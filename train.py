@@ -124,14 +124,14 @@ def distribute(model, exits, world):
 
 
 def departures(rows, ids, step, args, device):
-    """Where the tokens of the rows `ids` leave in training, (B, T): a share --copying of those that decoding
-    would generate at a random exit, the others never. A function of step and row: any rank draws the same."""
+    """Where the tokens of the rows `ids` leave in training, (B, T): at a random exit for a share --copying of
+    those that decoding would make, else never (inf). A function of step and row: any rank draws the same."""
     out = []
     for i in ids if args.copying else ():
         r, (tokens, n_prompt) = random.Random(f"{args.seed} {step} {i}"), rows[i]
         out.append(torch.tensor([math.inf] * n_prompt + [
             r.choice(args.exits) if r.random() < args.copying else math.inf for _ in tokens[n_prompt:-1]]))
-    return pad_sequence(out, batch_first=True).to(device) if out else None       # nobody attends to a pad
+    return pad_sequence(out, batch_first=True).to(device) if out else None       # pads: 0; nobody looks
 
 
 def gradients(model, rows, batch, args, step=0, rank=0, world=1):

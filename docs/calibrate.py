@@ -153,7 +153,7 @@ def write_thresholds(path, lite, exits, tries, how):
         f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
     table("the same tokens, were K and V exact", ["agreement", "layers saved", "the oracle's", "thresholds for few layers"], {
         f"aim {100 * x['aim']:.2f}": row((x["agreement"], x["saved"], x["oracle"]), x["thresholds"]) for x in tries[0]["exact"]})
-    print(f"copied K and V cost {tries[0]['copying']:.2%} of the later tokens for each layer that a token skips")
+    print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
