@@ -139,7 +139,7 @@ def parse_args():
                "much agreement, certify them, and write them into lite.json")
     parser.add("--out", metavar="FILE.jsonl", help="the answers (default: in results/, named by settings)")
     parser.add("--max-new-tokens", 128)
-    for flag in "--by-layers --ckpt --limit --exits --shortlist --dtype --device".split():
+    for flag in ("--by-layers", "--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
         parser.add(flag)
     args = parser.parse_args()
     if args.out and not args.out.endswith(".jsonl"):

@@ -247,6 +247,8 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
         assert sum(s["optimizer"] for s in sizes) < 1.1 * 2 * parts["optimizer"]
+        start, end = random_model().state_dict(), torch.load(tmp_path / "r.0")["weights"]          # rank 0's, masters too
+        assert max((end[k] - w).abs().max().item() for k, w in start.items()) < 0.1
 
 
 def test_the_plan_counts_what_copies_take():
