@@ -1,4 +1,4 @@
-"""Everything that becomes tokens: the tokenizer, Alpaca's format and prompts, the test sets, batches.
+"""What comes in: the tokenizer, Alpaca's format and prompts, the test sets, batches; and the command line.
 
     python data.py                 # fetch Alpaca and the four instruction test sets into data/
 
@@ -6,12 +6,9 @@ An example is a dict: instruction, input (may be ""), output (None in a set of p
 or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set, without
 download, lies in tiny/: questions whose answers need different amounts of computation.
 """
-import gzip
-import json
-import random
-import re
-import sys
-import urllib.request
+import gzip, json, math, os, random, re, sys, urllib.request
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from contextlib import suppress
 from pathlib import Path
 
 import sentencepiece
@@ -19,7 +16,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from docs.cli import Parser, run
 from model import IGNORE, InputError
 
 TINY_FOLDER = Path(__file__).parent / "tiny"              # the embedded model, its tokenizer and questions
@@ -28,7 +24,6 @@ REQUEST = " Write a response that appropriately completes the request.\n\n### In
 WITH_INPUT = PREAMBLE + ", paired with an input that provides further context." + REQUEST
 NO_INPUT = PREAMBLE + "." + REQUEST
 INPUT, RESPONSE = "\n\n### Input:\n", "\n\n### Response:"
-
 
 class Tokenizer:
     """sentencepiece as Meta ships it. No token is ever added: pads are any id, with the label IGNORE."""
@@ -62,13 +57,11 @@ class Tokenizer:
         before = self.sp.decode(list(after))
         return self.sp.decode([*after, *ids])[len(before):]
 
-
 def prompt_text(example):
     """Alpaca's prompt for an example: its template with an input, or the one without."""
     if example["input"]:
         return WITH_INPUT + example["instruction"] + INPUT + example["input"] + RESPONSE
     return NO_INPUT + example["instruction"] + RESPONSE
-
 
 READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Self-Instruct -> its example
     "instruction output": lambda r: (r["instruction"], r.get("input") or "", r["output"], r.get("group", "")),
@@ -77,7 +70,6 @@ READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Sel
     "Instruction Skill": lambda r: (r["Instruction"], "", None, f"{r['Skill']}; level {r['Difficulty']}"),
     "instruction instances": lambda r: (r["instruction"], r["instances"][0]["input"],
                                         r["instances"][0]["output"], r["motivation_app"])}
-
 
 def read_examples(path, limit=None):
     """Examples from a .json (list) or .jsonl file, in any format of READERS. An InputError names the line.
@@ -106,11 +98,9 @@ def read_examples(path, limit=None):
     n = min(limit or len(examples), len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
 
-
 def embedded(n, split="train"):
     """The first n examples of the embedded set; train and test share no underlying input."""
     return read_examples(TINY_FOLDER / f"{split}.jsonl.gz")[:n]
-
 
 def read_row(row):
     """The example in one record; an AttributeError, TypeError, KeyError or IndexError if it is not one."""
@@ -121,14 +111,12 @@ def read_row(row):
         raise TypeError
     return example
 
-
 SOURCES = {  # file in data/ -> its place on GitHub
     "alpaca_data.json": "tatsu-lab/stanford_alpaca/main/alpaca_data.json",
     "vicuna.jsonl": "lm-sys/vicuna-blog-eval/main/eval/table/question.jsonl",
     "koala.jsonl": "arnav-gudibande/koala-test-set/main/koala_test_set.jsonl",
     "wizardlm.jsonl": "nlpxucan/WizardLM/main/WizardLM/data/WizardLM_testset.jsonl",
     "self_instruct.jsonl": "yizhongw/self-instruct/main/human_eval/user_oriented_instructions.jsonl"}
-
 
 def fetch(url, path):
     """Download url to path, whole and readable or not at all; a file that is there already is left alone."""
@@ -146,7 +134,6 @@ def fetch(url, path):
     finally:
         part.unlink(missing_ok=True)
 
-
 def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sys.stderr)):
     """[(ids, number of prompt ids)]; long responses are cut, prompts that fill max_len dropped, aloud."""
     rows, cut = [], 0
@@ -163,7 +150,6 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
         raise InputError(f"every example is longer than --max-len {max_len}; raise it")
     return rows
 
-
 def batches(rows, batch_size, seed, epoch):
     """One epoch: every row's index once, in seeded order, each batch sorted by length, so that micro-batches
     pad little.  (Batches of like length would pad less, and train worse: a step is all short answers, or all
@@ -175,12 +161,10 @@ def batches(rows, batch_size, seed, epoch):
     r.shuffle(cuts)                                      # the last may be short: it comes anywhere
     return cuts
 
-
 def share(batch, rank, world, micro):
     """This rank's micro-batches of a global batch: as many on all ranks (DDP needs it), some maybe empty."""
     mine = batch[rank::world]
     return [mine[i:i + micro] for i in range(0, len(batch[::world]), micro)]
-
 
 def collate(rows, device="cpu"):
     """tokens and labels (B, T): the next token in a response, else IGNORE. No rows: a token without label."""
@@ -190,6 +174,72 @@ def collate(rows, device="cpu"):
     labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
     return tokens.to(device), labels.to(device)
 
+def number(kind, low, high=math.inf, many=False):
+    """An argparse type: an int or float from low to high, or a list of them that was separated by commas."""
+    def parse(text):
+        with suppress(ValueError):
+            values = [kind(x) for x in text.split(",")]
+            if all(low <= x <= high and x < math.inf for x in values) and (many or len(values) == 1):
+                return values if many else values[0]
+        span = f"{kind.__name__}{',..' * many} from {low}" + (f" to {high}" if high < math.inf else " up")
+        raise ArgumentTypeError(f"{text} given; expected {span}")
+    return parse
+
+FLAGS = {  # those that several scripts have
+    "--ckpt": dict(metavar="DIR", help="Meta-format folder or train.py's output (default: out, else tiny)"),
+    "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples of each file, evenly spaced"),
+    "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
+                    "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
+    "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "
+                        "which to leave, for all exits or one each; 1: never (default: lite.json's, else 1)"),
+    "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, of "
+                        "lite.json's, and the context's; 0: on all V (default: its check, else its list)"),
+    "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
+    "--draft": dict(type=number(int, 1), metavar="N", help="tokens drafted at most, if no doubt ends it"),
+    "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
+    "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
+    "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)")}
+
+class Parser(ArgumentParser):
+    """argparse with the script's docstring as help, shared flags by name, and errors of one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+
+    def add(self, flag, default=None, **more):
+        """Add a flag: its meaning comes from FLAGS unless given here, its default is the script's."""
+        spec = {**FLAGS.get(flag, {}), **more}
+        if default is not None:
+            spec["help"] += f" (default: {default})"
+        self.add_argument(flag, default=default, **spec)
+
+    def error(self, message):
+        """What argparse calls on a bad flag."""
+        raise InputError(f"{message} (--help explains the flags)")
+
+def run(main):
+    """Call main(). What the user can mend is one line on stderr and exit code 2; a traceback is our bug."""
+    try:
+        main()
+    except BrokenPipeError:                              # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as e:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):    # a rank's own, perhaps
+            print("error:", " ".join(str(e).split("\n")), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+def pick_device(name=None):
+    """The torch.device to run on; under torchrun each process of a machine gets a GPU of its own."""
+    name, found = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    rank, n = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or n > 1 and ":" in name:
+        raise InputError(f"--device {name}: expected cpu, cuda or, for a single process, cuda:N")
+    if name != "cpu" and (n if name == "cuda" else int(name[5:]) + 1) > found:
+        raise InputError(f"--device {name}: found {found} CUDA devices for {n} process(es); try --device cpu")
+    return torch.device(f"cuda:{rank}" if name == "cuda" else name)
 
 def main():
     """Fetch what is not there yet."""
@@ -199,7 +249,6 @@ def main():
     args = parser.parse_args()
     for name, place in SOURCES.items():
         fetch(f"{args.base}/{place}", Path(args.out) / name)
-
 
 if __name__ == "__main__":
     run(main)

@@ -2,35 +2,29 @@
 
     python eval.py                                     # out/ (else tiny/) on the embedded test set
     torchrun --nproc-per-node 8 eval.py --ckpt lite7b --data data/vicuna.jsonl data/koala.jsonl --limit 20
-    python eval.py --ckpt lite7b --data alpaca_val.json --calibrate 0.98       # thresholds, for its lite.json
 
 Every prompt is answered greedily at full depth, with each --threshold and by the first n layers alone, and an
 exact, uncached full-depth pass judges each answer.  *Agreement* is the share of generated tokens, after
 the first, that this pass puts first in their place, while generation ran on the K and V that early exit left.
 The *oracle* leaves full depth's answer at the earliest exit that would have chosen the last layer's token.
-Answers go to a .jsonl as they come: the same command again goes on where it stopped.  Their figures
-(docs/report.py) are printed and go to the .json beside it.
+Answers go to a .jsonl as they come: the same command again goes on where it stopped.  docs/report.py tells
+their figures by set and category, with intervals.
 """
-import copy
-import json
-import math
-import os
-import sys
-import zlib
-from datetime import timedelta
+import copy, json, math, os, re, sys, zlib
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from data import collate, embedded, prompt_text, read_examples, tokenize
-from docs.cli import Parser, number, run
-from docs.report import FULL, ORACLE, collect, identity, report, show
+from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
 from model import IGNORE, InputError, wide
 
+FULL, ORACLE = "full depth", "oracle"
 
 @torch.no_grad()
 def exit_losses(model, rows, exits, size):
@@ -46,13 +40,11 @@ def exit_losses(model, rows, exits, size):
         count += keep.sum().item()
     return (total / count).T.tolist()
 
-
 def first_layers(model, n):
     """The same model, stopped after n layers: what a fixed exit is."""
     short = copy.copy(model)
     short._modules = {**model._modules, "layers": model.layers[:n]}
     return short
-
 
 @torch.inference_mode()
 def judge(model, a, frequent=(), exits=()):
@@ -79,7 +71,6 @@ def judge(model, a, frequent=(), exits=()):
         a.right.append((few.ids[logits.argmax(-1)] == best[1:]).int().tolist())
     return a
 
-
 def costs(model, a, exits, asks, top):
     """What the tokens of an answer after the first cost, in layers, FLOPs and bytes of weights read, if they
     ran through exits (N,) layers and asks (N,) checks; the whole head follows layer top.
@@ -98,7 +89,6 @@ def costs(model, a, exits, asks, top):
     return dict(layers=int(n.sum()), FLOPs=int(flops.sum()),
                 bytes=int(weights.sum()) * model.output.weight.itemsize)
 
-
 def measure(model, prompt, top, thresholds, how, exits=()):
     """The answer of the first `top` layers under thresholds, judged, with the numbers that FIGURES sum up."""
     a = answer(first_layers(model, top), prompt, thresholds=thresholds, **how)
@@ -109,7 +99,6 @@ def measure(model, prompt, top, thresholds, how, exits=()):
                      seconds=a.decode, **costs(model, a, n, asks, top))
     a.numbers |= {f"full_{key}": x for key, x in costs(model, a, full, 0, model.args.n_layers).items()}
     return a
-
 
 def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     """An example under every setting {name: (layers at most, thresholds)}, in turns, so that a change in the
@@ -128,61 +117,54 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     runs[FULL] |= dict(sure=full.sure, right=full.right)
     return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
 
+def read_answers(path):
+    """The header of a file of answers, None without a file, and {i: line}. A line cut short by a kill is none."""
+    lines, text = [], path.read_text(errors="replace").strip() if path.exists() else ""
+    for line in text.split("\n"):
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    if text and not (text.startswith('{"settings"') and all(
+            isinstance(line, dict) and ("i" in line or line == lines[0]) for line in lines)):
+        raise InputError(f"{path}: holds no answers of eval.py, or another run's among them")
+    return lines[0] if lines else None, {line["i"]: line for line in lines if "i" in line}
 
-def parse_args():
-    """The flags of eval.py, checked as far as they can be without the model."""
-    parser = Parser(__doc__)
+def collect(path, header, make, numbers):
+    """{i: line} of a file of answers, once this process has added those of its numbers that the file lacks: each
+    made by make(i), and in one write, so that any number of processes (torchrun's) may write and be killed."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    found, lines = read_answers(path)
+    if found not in (None, header):
+        raise InputError(f"--out {path}: of another run (flags, data, checkpoint or code differ); choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        f.write(f"{json.dumps(header)}\n".encode() if found is None else b"\n")         # ends a broken line
+        for i in tqdm([i for i in numbers if i % world == rank and i not in lines], desc="answers", unit="prompt",
+                      disable=rank > 0 or None):
+            f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
+    return read_answers(path)[1]
+
+def identity(args, model, work, rules):
+    """What makes a run: its flags and rules, and checksums of its prompts, of the checkpoint's files' dates, and
+    of this code: the answers of another rule are another run's."""
+    ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
+    files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
+    flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
+    code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
+    header = dict(settings=flags, rules=rules, crc=zlib.crc32(repr((work, files, code)).encode()))
+    return json.loads(json.dumps(header))                # as it will be read back
+
+def flags(doc):
+    """A parser with the flags that say what is answered, by what, and how far."""
+    parser = Parser(doc)
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
-    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6]], nargs="*", help="rules to set against full "
-               "depth: each one number for all exits, or one per exit with commas")
-    parser.add("--calibrate", type=number(float, 0.5, 0.9999), metavar="X", help="choose thresholds for so "
-               "much agreement, certify them, and write them into lite.json")
-    parser.add("--out", metavar="FILE.jsonl", help="the answers (default: in results/, named by settings)")
     parser.add("--max-new-tokens", 128)
-    for flag in ("--by-layers", "--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
+    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
         parser.add(flag)
-    args = parser.parse_args()
-    if args.out and not args.out.endswith(".jsonl"):
-        raise InputError(f"--out {args.out}: expected a name in .jsonl; the figures go to .json beside it")
-    if args.calibrate and ("RANK" in os.environ or not args.ckpt):
-        raise InputError("--calibrate runs in one process, without torchrun, and writes to --ckpt: name it")
-    return args
+    return parser
 
-
-def evaluate(args, model, tokenizer, lite, work, exits, how):
-    """Answer what the file of answers lacks, under every setting; rank 0 prints and writes the figures."""
-    L, rank, world = model.args.n_layers, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
-    if "thresholds" in lite and lite.get("check") in (None, len(how["frequent"])):
-        rules["lite.json"] = exit_rule(None, args.exits, lite, L)
-    settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
-    settings |= {f"first {n} layers": (n, {}) for n in exits}
-    header = identity(args, model, work, settings)
-    name = (args.ckpt.parent if args.ckpt.name == "latest" else args.ckpt).resolve().name
-    path = Path(args.out or f"results/{name}-{zlib.crc32(repr(header).encode()):08x}.jsonl")
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=9))           # the slowest rank is waited for
-    if {Path(p).resolve() for p in args.data or []} & {path.resolve(), path.with_suffix(".json").resolve()}:
-        raise InputError(f"--out {path}: it, or the .json beside it, is one of --data; choose another name")
-    answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
-    lines = collect(path, header, lambda i: compare(model, tokenizer, *work[i], settings, exits, how),
-                    len(work), rank, world)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    rows = [e for _, e, _ in work if e["output"] is not None]
-    rows = rows and tokenize(rows, tokenizer, model.args.max_seq_len)
-    losses = zip([*exits, L], *exit_losses(model, rows, exits, 8)) if rows else ()
-    result = header | dict(teacher_forced=list(losses), sets=report(lines, exits))
-    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    show(result)
-    print(f"answers: {path}; figures, for docs/plots.py: {path.with_suffix('.json')}")
-
-
-def main():
-    """Read prompts and model; then evaluate, or calibrate."""
-    args = parse_args()
+def prepare(args):
+    """Model, tokenizer, lite.json, the exits to look at, [(set, example, prompt)], and how to generate."""
     sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
@@ -193,12 +175,46 @@ def main():
     if len(work) < len(sets) and os.environ.get("RANK", "0") == "0":
         print(f"{len(sets) - len(work)} prompts fill the context of {room} tokens: left out", file=sys.stderr)
     how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
-    if not args.calibrate:
-        return evaluate(args, model, tokenizer, lite, work, exits, how)
-    from docs.calibrate import calibrate, write_thresholds           # not at the top: it imports this file
-    tries = calibrate(model, [p for *_, p in work], exits, how, args.calibrate, args.by_layers)
-    write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
+    return model, tokenizer, lite, exits, work, how
 
+def main():
+    """Answer what the file of answers lacks, under every setting, and tell what came out."""
+    parser = flags(__doc__)
+    parser.add("--threshold", [[0.95], [0.9], [0.8], [0.6]], nargs="*", help="rules to set against full "
+               "depth: each one number for all exits, or one per exit with commas")
+    parser.add("--out", metavar="FILE.jsonl", help="the answers (default: in results/, named by settings)")
+    args = parser.parse_args()
+    model, tokenizer, lite, exits, work, how = prepare(args)
+    L = model.args.n_layers
+    rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
+    if "thresholds" in lite and lite.get("check") in (None, len(how["frequent"])):
+        rules["lite.json"] = exit_rule(None, args.exits, lite, L)
+    settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
+    settings |= {f"first {n} layers": (n, {}) for n in exits}
+    header = identity(args, model, work, settings)
+    name = (args.ckpt.parent if args.ckpt.name == "latest" else args.ckpt).resolve().name
+    path = Path(args.out or f"results/{name}-{zlib.crc32(repr(header).encode()):08x}.jsonl")
+    if path.resolve() in {Path(p).resolve() for p in args.data or []}:
+        raise InputError(f"--out {path}: is one of --data; choose another name")
+
+    def make(i):
+        if i < len(work):
+            return compare(model, tokenizer, *work[i], settings, exits, how)
+        rows = [e for _, e, _ in work if e["output"] is not None]    # one line more: losses, given these outputs
+        losses = exit_losses(model, tokenize(rows, tokenizer, model.args.max_seq_len), exits, 8) if rows else ()
+        return dict(teacher_forced=[*zip([*exits, L], *losses)] if rows else [])
+
+    answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
+    lines = collect(path, header, make, range(len(work) + 1))
+    if len(lines) <= len(work):
+        return                                           # the process that is last tells
+    for name in [*settings, ORACLE]:
+        s = Counter()
+        for line in (line for line in lines.values() if "runs" in line):
+            s.update({key: x for key, x in line["runs"][name].items() if isinstance(x, (int, float))})
+        print(f"{name:>18}: {1 - s['layers'] / max(1, s['full_layers']):6.1%} of layers saved, "
+              f"{s['agreed'] / max(1, s['steps']):6.1%} agreement, {s['steps'] / (s['seconds'] or math.inf):5.0f} tokens/s")
+    print(f"answers: {path}; all their figures: python docs/report.py {path}")
 
 if __name__ == "__main__":
     run(main)

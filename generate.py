@@ -10,26 +10,20 @@ threshold, the token is emitted and the layers above are skipped; what they woul
 made later, if anyone needs it, from the state the token left with.  `Decoder` has both ways to decode: LITE,
 and --verify, in which exits only draft and the output is full depth's.  Batch 1, always.
 """
-import json
-import math
-import os
-import sys
-import time
+import json, math, os, sys, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from data import TINY_FOLDER, Tokenizer, embedded, prompt_text, read_examples
-from docs.cli import Parser, pick_device, run
+from data import (TINY_FOLDER, Parser, Tokenizer, embedded, number, pick_device, prompt_text, read_examples,
+                  run)
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
-
 
 def confidence(logits):
     """The largest softmax probability of logits (..., N): exp(max - logsumexp) needs no other one. (...)"""
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
-
 
 def distribution(logits, temperature=0.0, top_p=1.0):
     """Probabilities (V,) of the next token: all on the likeliest at temperature 0, else the top-p nucleus."""
@@ -39,7 +33,6 @@ def distribution(logits, temperature=0.0, top_p=1.0):
     if top_p < 1:
         probs[probs.cumsum(-1) - probs >= top_p] = 0                 # those before it hold top_p already
     return torch.zeros_like(probs).index_copy_(0, ids, probs / probs.sum())
-
 
 class Shortlist:
     """The tokens an exit chooses among: some frequent ones and those of the context, each once.
@@ -66,7 +59,6 @@ class Shortlist:
         """Their logits (N,) as logits (V,), -inf elsewhere."""
         return logits if self.rows is None else logits.new_full(
             (len(self.output),), -math.inf).index_copy_(0, self.ids[:len(logits)], logits)
-
 
 class Decoder:
     """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
@@ -142,7 +134,6 @@ class Decoder:
                 return [*chosen, (self.draw(rest if rest.any() else p), len(self.model.layers))]
             chosen.append((guess, n))
 
-
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=False, decoder=Decoder, **how):
     """Yield (token, layers run) until eos, which is yielded too, or max_new_tokens.
@@ -164,18 +155,12 @@ def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=Fa
         pos += len(out)
         out = step(out[-1][0], pos)
 
-
-def check_prompt(ids, model):
-    """ids, unless they leave no room for an answer in the model's context."""
-    if len(ids) >= model.args.max_seq_len:
-        raise InputError(f"prompt: {len(ids)} tokens fill the context, {model.args.max_seq_len}; shorten it")
-    return ids
-
-
 def answer(model, prompt, max_new_tokens, thresholds, each=lambda answer: None, **how):
     """Generate to the end and keep the books: a namespace of prompt and tokens (ids), exits (layers run per
     token), drafts (per round of --verify), prefill and decode (seconds).  each(answer) follows a token."""
-    room = min(max_new_tokens, model.args.max_seq_len - len(check_prompt(prompt, model)))
+    room = min(max_new_tokens, model.args.max_seq_len - len(prompt))
+    if room < 1:
+        raise InputError(f"prompt: {len(prompt)} tokens fill the context, {model.args.max_seq_len}; shorten it")
     a = SimpleNamespace(prompt=prompt, tokens=[], exits=[], drafts=[], prefill=0.0, decode=0.0)
     clock = time.perf_counter()
     for token, depth in generate(model, prompt, room, thresholds, drafts=a.drafts, **how):
@@ -186,7 +171,6 @@ def answer(model, prompt, max_new_tokens, thresholds, each=lambda answer: None, 
         each(a)
         clock = time.perf_counter()
     return a
-
 
 def exit_rule(threshold, exits, lite, n_layers):
     """{exit layer: threshold} from --threshold and --exits; None there: from lite.json. {} is full depth."""
@@ -199,12 +183,10 @@ def exit_rule(threshold, exits, lite, n_layers):
         raise InputError(f"--threshold: {len(rule)} numbers for {len(exits)} exits, {exits}; give one or all")
     return dict(zip(exits, rule))
 
-
 def frequent_tokens(args, lite):
     """lite.json's tokens for exit checks: the first --shortlist; else as many as its thresholds were chosen
     with (check), if it says so; else all. An empty list means the whole head."""
     return lite.get("shortlist", [])[:lite.get("check") if args.shortlist is None else args.shortlist]
-
 
 def load_for_decoding(args):
     """Model, tokenizer and lite.json of --ckpt; without --ckpt of out/, else of tiny/, and says so."""
@@ -221,39 +203,29 @@ def load_for_decoding(args):
         raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
+def tint(text, depth, n_layers):
+    """Text for a terminal: green for the shallowest exits, over yellow, to red; plain where all layers ran."""
+    if depth == n_layers or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    red, green = min(1, 2 * depth / n_layers), min(1, 2 - 2 * depth / n_layers)
+    return f"\x1b[38;2;{int(red * 230)};{int(green * 200)};60m{text}\x1b[0m"
 
-class Painter:
-    """Prints an answer as it grows, each piece of text tinted by the depth its token left at."""
-
-    def __init__(self, tokenizer, n_layers, colour):
-        self.tokenizer, self.n_layers, self.colour, self.shown = tokenizer, n_layers, colour, 0
-
-    def tint(self, text, depth):
-        """Green for the shallowest exits, over yellow, to red; no tint where all layers ran."""
-        if not self.colour or depth == self.n_layers:
-            return text
-        x = depth / self.n_layers
-        return f"\x1b[38;2;{int(min(1, 2 * x) * 230)};{int(min(1, 2 - 2 * x) * 200)};60m{text}\x1b[0m"
-
-    def __call__(self, a):
-        text = self.tokenizer.decode(a.tokens, a.prompt)
-        if len(a.tokens) == 1:
-            self.shown = len(text) - len(text.lstrip())
-        if not text.endswith("\ufffd"):                  # half a character in byte pieces: wait for the rest
-            print(self.tint(text[self.shown:], a.exits[-1]), end="", flush=True)
-            self.shown = max(self.shown, len(text))
-
+def stream(tokenizer, n_layers, a):
+    """Print what the newest token adds to the text of an answer a, tinted by the depth it left at."""
+    text, shown = (tokenizer.decode(a.tokens[:n], a.prompt) for n in (len(a.tokens), len(a.tokens) - 1))
+    if not text.endswith("\ufffd"):                      # half a character in byte pieces: wait for the rest
+        text = text[len(shown.rstrip("\ufffd")):]
+        print(tint(text if shown else text.lstrip(), a.exits[-1], n_layers), end="", flush=True)
 
 def summary(answers, n_layers):
     """One line on tokens, depth and time of some answers; for --verify on drafts instead of depth."""
     depths, rounds = [n for a in answers for n in a.exits], [n for a in answers for n in a.drafts]
     shares = ", ".join(f"{n}: {depths.count(n) / len(depths):.0%}" for n in sorted(set(depths)))
-    prefill, decode = sum(a.prefill for a in answers), max(1e-9, sum(a.decode for a in answers))
+    prefill, decode = (sum(getattr(a, part) for a in answers) for part in ("prefill", "decode"))
+    speed = (len(depths) - len(answers)) / max(1e-9, decode)
     how = (f"{sum(rounds)} drafted in {len(rounds)} rounds, chosen at layer" if rounds else
            f"{sum(depths) / len(depths):.1f} of {n_layers} layers on average")
-    return (f"{len(depths)} tokens, {how} ({shares}); prefill {prefill:.2f} s, decode "
-            f"{(len(depths) - len(answers)) / decode:.0f} tokens/s")
-
+    return f"{len(depths)} tokens, {how} ({shares}); prefill {prefill:.2f} s, decode {speed:.0f} tokens/s"
 
 def parse_args():
     """The flags of generate.py."""
@@ -261,12 +233,14 @@ def parse_args():
     parser.add("prompt", nargs="*", metavar="PROMPT", help="instructions (default: some of the embedded set)")
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
-    for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device --json".split():
+    parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
+    parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="0: greedy; else divides logits")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="share of probability drawn from")
+    for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device".split():
         parser.add(flag)
-    for flag, default in dict(draft=4, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0).items():
-        parser.add("--" + flag.replace("_", "-"), default)
+    for flag, default in {"--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
+        parser.add(flag, default)
     return parser.parse_args()
-
 
 def main():
     """Answer the prompts: streamed and tinted, or as JSON."""
@@ -281,7 +255,7 @@ def main():
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
     if args.verify and not any(t < 1 for t in thresholds.values()):
         raise InputError("--verify lets exits draft, but none has a threshold below 1; try --threshold 0.6")
-    prompts = [(title, check_prompt(tokenizer.encode(text, bos=True), model)) for title, text in texts]
+    prompts = [(title, tokenizer.encode(text, bos=True)) for title, text in texts]
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
     reply = partial(answer, model, max_new_tokens=args.max_new_tokens, thresholds=thresholds,
                     eos=tokenizer.eos, frequent=frequent_tokens(args, lite), verify=args.verify,
@@ -291,21 +265,17 @@ def main():
             print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
         return
-    painter = Painter(tokenizer, L, sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    legend = "  ".join(painter.tint(f"{n} ({t:g})", n) for n, t in thresholds.items()) or "none, full depth"
+    legend = "  ".join(tint(f"{n} ({t:g})", n, L) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
-    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()})
-    as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    if as_measured and here.items() <= lite.get("calibration", {}).items():
-        print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
+    if args.threshold is None and args.exits is None and "calibration" in lite:
+        print("of lite.json, chosen and measured greedily, in {dtype}, with {check} frequent tokens: {agreement:.1%} "
+              "agreement, {bound:.1%} at least".format_map(lite | lite["calibration"]), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)
-        answers.append(reply(ids, each=painter))
+        answers.append(reply(ids, each=partial(stream, tokenizer, L)))
         print(flush=True)
     print(f"\n{summary(answers, L)}", file=sys.stderr)
-
 
 if __name__ == "__main__":
     run(main)

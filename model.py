@@ -10,9 +10,7 @@ network: its intermediate layers share the last layer's norm and output matrix (
     B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads
     E head width   V vocabulary   L layers   X exits, without the last layer
 """
-import json
-import math
-import pickle
+import json, math, pickle
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,17 +24,15 @@ IGNORE = -100                          # a label that carries no loss: prompts a
 PACK_FROM = 2 ** 17                    # weights; smaller matrices lie in the CPU's cache anyway
 LOGIT_ROWS = 512                       # positions whose logits, V numbers each, exist at a time in training
 
-
 class InputError(Exception):
     """Something the user gave cannot be used; the message is one line: found, expected, what to do."""
-
 
 @dataclass
 class ModelArgs:
     """The keys of Meta's params.json, and the context length (which Meta leaves to the caller)."""
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
+    dim: int                             # 7B: 4096, 32 layers, 32 heads; 13B: 5120, 40, 40
+    n_layers: int
+    n_heads: int
     n_kv_heads: int | None = None        # None: as many as n_heads (7B, 13B); fewer: grouped-query attention
     vocab_size: int = -1                 # -1, as in Meta's files: take it from the weights
     multiple_of: int = 256               # the feed-forward width is rounded up to a multiple of this
@@ -51,18 +47,15 @@ class ModelArgs:
         width = int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3))
         return self.multiple_of * math.ceil(width / self.multiple_of)
 
-
 def default_exits(n_layers):
     """The exits known of LITE's 7B, every 4th layer from the 8th, for all; every 2nd in a small model."""
     return list(range(8, n_layers, 4)) if n_layers >= 16 else list(range(2, n_layers, 2))
-
 
 def check_exits(exits, n_layers, name="--exits"):
     """The exits; InputError unless they ascend, below the last layer: thresholds follow their order."""
     if sorted(set(exits)) != exits or not all(0 < n < n_layers for n in exits):
         raise InputError(f"{name} {exits}: expected different layers from 1 to {n_layers - 1}, ascending")
     return exits
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, the mean of squares in fp32 or better."""
@@ -75,7 +68,6 @@ class RMSNorm(nn.Module):
         x32 = wide(x)
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
-
 class Linear(nn.Linear):
     """nn.Linear without first values: every weight here is loaded, or drawn by init_weights."""
     packed = None                        # the weight once more, as `pack` lays it out for decoding
@@ -86,11 +78,9 @@ class Linear(nn.Linear):
     def forward(self, x):
         return product(x, self.weight if self.packed is None else self.packed)
 
-
 def product(x, w):
     """x (..., D) times w (N, D), which may be packed: (..., N)."""
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") if w.is_mkldnn else F.linear(x, w)
-
 
 def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
@@ -98,11 +88,9 @@ def pack(w):
         w.dtype == torch.float or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # for ~4 rows
 
-
 def wide(x):
     """x in fp32, unless it is wider already (tests run in float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 @lru_cache
 @torch.inference_mode(False)             # the table outlives the call that made it; training may come next
@@ -111,7 +99,6 @@ def rope_table(n, head_dim, theta, device):
     freqs = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(n, device=device).float(), freqs)[:, None]
     return torch.polar(torch.ones_like(angles), angles)
-
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
@@ -160,7 +147,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(2, (G, T)).flatten(1, 2)
         return self.wo(y.transpose(1, 2).flatten(2))
 
-
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
@@ -174,7 +160,6 @@ class FeedForward(nn.Module):
     def forward(self, x):
         gate, up = (self.w1(x), self.w3(x)) if self.joint is None else product(x, self.joint).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
-
 
 class Block(nn.Module):
     """One decoder layer."""
@@ -193,7 +178,6 @@ class Block(nn.Module):
         left = rows if left is None else self.attention_norm(left)
         h = h + self.attention(rows, left, pos - rows.size(1) + h.size(1), h.size(1), kv)
         return h + self.feed_forward(self.ffn_norm(h))
-
 
 class Transformer(nn.Module):
     """LLaMA-2. tokens (B, T) -> logits (B, T, V), or with labels the losses that LITE averages."""
@@ -270,12 +254,10 @@ class Transformer(nn.Module):
         """Sum over the rows h (N, D) of -log p(target), from one layer's state."""
         return F.cross_entropy(self.logits(h), targets, reduction="sum")
 
-
 def lite_loss(losses, weights):
     """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""
     weights = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
     return (weights * losses).sum() / weights.sum()
-
 
 def read_json(path):
     """The JSON object in a file, or an InputError that says what is wrong with it."""
@@ -287,7 +269,6 @@ def read_json(path):
         why = e
     raise InputError(f"{path}: not readable as a JSON object ({why}); restore the original")
 
-
 def find_checkpoint(folder):
     """The Meta folder meant by `folder`: itself, or the newest save of a train.py output folder (latest)."""
     folder = Path(folder)
@@ -298,7 +279,6 @@ def find_checkpoint(folder):
     hint = " (this is a Hugging Face folder; take Llama-2-7b, not Llama-2-7b-hf)" * ("config.json" in names)
     raise InputError(f"{folder}: no params.json there, found: {', '.join(names[:5]) or 'nothing'}; expected "
                      f"Meta's params.json, consolidated.NN.pth and tokenizer.model{hint}")
-
 
 def read_lite(folder):
     """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, the number of the
@@ -314,26 +294,22 @@ def read_lite(folder):
                          "numbers from 0 to 1 by layer (shortlist: a list of token ids, check: a number)")
     return lite
 
-
 def read_args(folder):
     """ModelArgs from params.json (and the context length from lite.json), each value checked."""
-    path, known = Path(folder) / "params.json", {f.name: f.type | int for f in fields(ModelArgs)}
-    params = read_json(path)
-    odd = [f"{k} is unknown" for k in params if k not in known]
-    if odd := odd + [f"{k} is missing" for k in ("dim", "n_layers", "n_heads") if k not in params]:
-        raise InputError(f"{path}: {', '.join(odd)}; LLaMA-2 has {', '.join(known)}")
-    params |= {k: v for k, v in read_lite(folder).items() if k == "max_seq_len"}
+    path, kinds = Path(folder) / "params.json", {f.name: f.type | int for f in fields(ModelArgs)}
+    params = read_json(path) | {k: v for k, v in read_lite(folder).items() if k == "max_seq_len"}
+    try:
+        a = ModelArgs(**params)
+    except TypeError as e:                               # names the key that is unknown, or missing
+        raise InputError(f"{path}: {e}; LLaMA-2 has {', '.join(kinds)}") from None
     for name, value in params.items():                   # an integer will do for a float, true will not
-        if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, known[name])
+        if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, kinds[name])
                                                     or value is not None and value <= 0):
-            raise InputError(f"{path}: {name} is {value!r}, expected a positive "
-                             f"{'integer' if known[name] in (int, int | None) else 'number'}")
-    a = ModelArgs(**params)
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive {kinds[name]}")
     if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
         raise InputError(f"{path}: dim {a.dim} does not divide into n_heads {a.n_heads} of an even "
                          f"width, or these into n_kv_heads {a.n_kv_heads}")
     return a
-
 
 def load_tensors(path):
     """What torch.save wrote to path, memory-mapped. weights_only: code in a pickle is refused, not run."""
@@ -342,7 +318,6 @@ def load_tensors(path):
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         raise InputError(f"{path}: refused ({str(e).split('. ')[0][:80]}); expected tensors alone (a pickle "
                          "can run code), as torch.save writes them; is the download complete?") from None
-
 
 def load_meta(folder, dtype=None, device="cpu"):
     """A Transformer from a Meta folder or one of ours; dtype None keeps the file's. Raises InputError.
@@ -374,7 +349,6 @@ def load_meta(folder, dtype=None, device="cpu"):
         weights[key] = merged.to(device, dtype)
     model.load_state_dict(weights, assign=True)
     return model
-
 
 def save_meta(folder, model, tokenizer, lite, dtype=torch.bfloat16):
     """Write a complete Meta folder into the (new, empty) folder; lite goes into lite.json beside."""

@@ -7,16 +7,7 @@
 
 The run goes to out/: log.jsonl, and complete Meta folders out/step-N/, the newest of which is out/latest.
 """
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import sys
-import time
-import zlib
+import json, math, os, random, re, shutil, signal, subprocess, sys, time, zlib
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -31,13 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, read_examples, share, tokenize
-from docs.cli import Parser, number, pick_device, run
+from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device, read_examples,
+                  run, share, tokenize)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
 
-GIB = 2 ** 30
 SHORTLIST = 2048                       # frequent tokens kept in lite.json, for cheap exit checks
 MACHINE = {"out", "resume", "device", "timeout"}     # may differ on --resume
 LAYOUT = {"micro_batch_size", "activation_checkpointing"}            # may, too: this changes rounding alone
@@ -52,7 +42,6 @@ RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alp
     "--max-len": (64, 512, number(int, 2), "tokens an example may have; longer responses are cut"),
     "--dtype": ("float32", "bfloat16", str, "of weights and gradients; the optimizer keeps fp32 copies"),
     "--val": (512, 200, number(int, 1), "examples held out for the validation loss")}
-
 
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW on fp32 masters of the weights, kept beside the moments. (A bf16 weight has 8 bits: at lr
@@ -74,7 +63,6 @@ class AdamW(torch.optim.Optimizer):
                       weight_decay=group["weight_decay"])
                 p.copy_(master)
 
-
 def optimizer_for(model, args, world=1):
     """AdamW that decays matrices, not norms. On several ranks ZeRO, stage 1: each keeps the state of its own
     parameters (whole ones, the largest dealt out first), updates these, and sends the others their values."""
@@ -83,12 +71,10 @@ def optimizer_for(model, args, world=1):
     return (AdamW(groups, lr=args.lr) if world == 1 else
             ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=args.lr))
 
-
 def optimizer_state(model, optimizer):
     """{name: state} of the parameters whose state this rank keeps: what it saves."""
     state = getattr(optimizer, "optim", optimizer).state             # of ZeRO its own part
     return {name: state[p] for name, p in model.named_parameters() if p in state}
-
 
 @torch.no_grad()
 def load_optimizer(folder, model, optimizer):
@@ -103,13 +89,11 @@ def load_optimizer(folder, model, optimizer):
         for key, t in state.items():
             t.copy_(saved[name][key])
 
-
 def learning_rate(step, args):
     """Linear warm-up over --warmup of all steps, then a cosine to 0. step counts from 0."""
     warm = max(1, round(args.warmup * args.steps))
     done = max(0, step - warm) / max(1, args.steps - warm)
     return args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * done))
-
 
 def distribute(model, exits, world):
     """The model in DDP, where p.grad is a view of the bucket that is summed over the ranks: it exists once.
@@ -122,7 +106,6 @@ def distribute(model, exits, world):
     model.zero_grad()
     return ddp
 
-
 def departures(rows, ids, step, args, device):
     """Where the tokens of the rows `ids` leave in training, (B, T): at a random exit for a share --copying of
     those that decoding would make, else never (inf). A function of step and row: any rank draws the same."""
@@ -132,7 +115,6 @@ def departures(rows, ids, step, args, device):
         out.append(torch.tensor([math.inf] * n_prompt + [
             r.choice(args.exits) if r.random() < args.copying else math.inf for _ in tokens[n_prompt:-1]]))
     return pad_sequence(out, batch_first=True).to(device) if out else None       # pads: 0; nobody looks
-
 
 def gradients(model, rows, batch, args, step=0, rank=0, world=1):
     """Run a global batch forward and backward. Returns the losses (X+1,), means over all its response tokens,
@@ -148,7 +130,6 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1):
         dist.all_reduce(total)
     return total / count
 
-
 def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1):
     """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
     for group in optimizer.param_groups:
@@ -159,7 +140,6 @@ def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1):
     optimizer.step()
     optimizer.zero_grad()
     return losses, norm
-
 
 def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
     """Write out/step-N, let out/latest point to it, keep the one before. A kill at any moment leaves an out/
@@ -173,9 +153,6 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         for old in out.iterdir():                        # older saves, and what a killed process left
             if re.fullmatch(r"step-\d+|\..*\.tmp", old.name) and old.name != last:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-        need, free = 14 * sum(p.numel() for p in model.parameters()), shutil.disk_usage(out).free
-        if need > free:
-            raise InputError(f"{out}: a save takes {need / GIB:.1f} GiB, {free / GIB:.1f} are free")
         tmp.mkdir()
     wait()
     if not tmp.exists():
@@ -190,15 +167,14 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         link.symlink_to(folder.name)
         link.replace(latest)                             # from here on it counts
 
-
 def settings(args):
     """What makes the run, and stays when it is resumed; not where and how it runs."""
     return {key: value for key, value in vars(args).items() if key not in MACHINE}
 
-
-def flags():
-    """The parser of train.py's flags; their default is None where the recipe decides."""
-    parser = Parser(__doc__)
+def flags(doc=__doc__):
+    """The parser of train.py's flags; their default is None where the recipe decides (see `fill_in`)."""
+    parser = Parser(doc)
+    parser.set_defaults(logged=0)                        # bytes of log.jsonl, when last saved
     parser.add("--ckpt", help="Meta-format folder or train.py's output to tune (default: a tiny new model)")
     parser.add("--data", help="Alpaca-format (default: the embedded set; with --ckpt data/alpaca_data.json)")
     parser.add("--out", "out", metavar="DIR", help="folder to write the run to")
@@ -207,16 +183,26 @@ def flags():
     parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
-    parser.add("--copying", 0.0)
+    parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
+               "leave early in training, too; those after them attend to copies (not in the paper)")
+    parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
+    parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
     parser.add("--seed", 0)
-    for flag in ("--no-lite", "--exits", "--limit", "--activation-checkpointing", "--device"):
+    for flag in ("--exits", "--limit", "--device"):
         parser.add(flag)
     return parser
 
+def fill_in(args):
+    """Give the settings that no flag gave the recipe's value. Returns args."""
+    for flag, (tiny, ckpt, *_) in RECIPES.items():
+        key = flag[2:].replace("-", "_")
+        if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
+            setattr(args, key, ckpt if args.ckpt else tiny)
+    return args
 
 def resolve(parser):
     """The settings, from flags and recipe, and 0; on --resume those of the run in --out and its step."""
@@ -228,11 +214,7 @@ def resolve(parser):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if (args.epochs or args.limit) and not args.ckpt and not args.data:
             raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
-        for flag, (tiny, ckpt, *_) in RECIPES.items():
-            key = flag[2:].replace("-", "_")
-            if getattr(args, key) is None and not (key == "steps" and args.epochs and args.data):
-                setattr(args, key, ckpt if args.ckpt else tiny)
-        return args, 0
+        return fill_in(args), 0
     path = find_checkpoint(out) / "trainer.json"
     if not path.exists():
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
@@ -242,7 +224,6 @@ def resolve(parser):
         if new != (old := saved["args"].get(key, parser.get_default(key))) and key not in LAYOUT:
             raise InputError(f"--{key.replace('_', '-')} {new}: the run in {out} has {old}, and keeps it")
     return args, saved["step"]
-
 
 def load_examples(args):
     """Training and validation examples: the embedded set, or --data, --val of it apart."""
@@ -257,7 +238,6 @@ def load_examples(args):
     random.Random(0).shuffle(examples)
     return examples[args.val:], examples[:args.val]
 
-
 def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
@@ -270,7 +250,6 @@ def choose_exits(args, shape, folder=None):
     if args.max_len > shape.max_seq_len:
         raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
 
-
 def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
     args, step = resolve(flags())
@@ -280,9 +259,11 @@ def main():
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
     shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    if device.type == "cuda":
-        from docs.plan import fit                        # not at the top: that file imports this one
-        fit(shape, args, world, torch.cuda.get_device_properties(device).total_memory, note)
+    if device.type == "cuda" and folder and rank == 0:   # will it fit? Told before anything is loaded
+        card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
+        plan = [sys.executable, Path(__file__).parent / "docs/plan.py", f"--nproc={world}", f"--card-gb={card}"]
+        if subprocess.run([*plan, "--settings", json.dumps(vars(args) | dict(ckpt=str(folder)))]).returncode:
+            sys.exit(2)
     torch.manual_seed(args.seed)
     examples, dtype = load_examples(args), getattr(torch, args.dtype)
     model = (load_meta(folder, dtype, device) if folder else
@@ -311,7 +292,6 @@ def main():
         dist.destroy_process_group()                     # all ranks at once: one that failed would wait here
     sys.exit(128 + halt if halt else 0)
 
-
 def join(args, step, device, world):
     """Meet the other ranks, and make sure that all are about to do the same."""
     if device.type == "cuda":
@@ -323,7 +303,6 @@ def join(args, step, device, world):
     if any(theirs != seen[0] for theirs in seen):
         raise InputError("the ranks differ in flags, data or saved step: machines must see the same")
 
-
 def explain(e, args):
     """The error to raise for a RuntimeError: a line if a rank was lost or the disk is full, else e, a bug."""
     why = str(e).split(". ")[0][-60:]
@@ -334,14 +313,16 @@ def explain(e, args):
         return OSError(f"{args.out}: a save could not be written ({why}); is the disk full?")
     return e
 
-
 def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
     out, caught, started, device = Path(args.out), [0], time.time(), model.output.weight.device
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: caught.append(number))
     per_epoch, order = math.ceil(len(rows) / args.batch_size), None
-    first, log = step, open_log(out / "log.jsonl", step) if rank == 0 else open(os.devnull, "w")
+    out.mkdir(parents=True, exist_ok=True)
+    first, log = step, open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
+    if rank == 0:
+        log.truncate(min(args.logged, log.tell()))       # what came after the save to resume from
     bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", mininterval=1,
                disable=rank > 0 or None)
     for step in bar:
@@ -349,7 +330,7 @@ def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, 
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
         halt = halt.item()
-        due = step % args.save_every == 0 or step == args.steps
+        due, args.logged = step % args.save_every == 0 or step == args.steps, log.tell()
         if due and not halt:                             # whoever sent a signal may not wait
             losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
             check_finite(losses, step, args)
@@ -373,23 +354,11 @@ def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, 
          f"trained {step - first} steps in {time.time() - started:.0f} s; the model is in {out}/latest")
     return halt
 
-
 def check_finite(values, step, args):
     """Stop the run, on all ranks alike, if a loss or the gradient's norm is not a number any more."""
     if not math.isfinite(sum(values)):
         raise InputError(f"step {step}: loss or gradient is not finite ({values}). {args.out}/latest is the "
                          "last good save: train from it with --ckpt, a smaller --lr and another --out")
-
-
-def open_log(path, step):
-    """log.jsonl to append to, without what came after the save to resume from; that validates once more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp, old = path.with_name(".log.tmp"), path.read_text().splitlines(True) if step and path.exists() else []
-    found = [re.fullmatch(r'{"step": (\d+), (.*)}\n', s) for s in old]          # the last may be half written
-    tmp.write_text("".join(m[0] for m in found if m and int(m[1]) < step + ("losses" in m[2])))
-    tmp.replace(path)
-    return path.open("a", buffering=1)                   # a line at a time
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,17 +1,24 @@
-"""eval.py --calibrate: thresholds that are measured, chosen on half of the prompts and certified on the rest.
+"""Thresholds that are measured: chosen on half of the prompts, certified on the rest, and written into lite.json.
+
+    python docs/calibrate.py 0.98 --ckpt lite7b --data alpaca_val.json
 
 Leaving with another token than the last layer's is given a price.  Every price has its best thresholds
 (`best_thresholds`), a higher one safer ones.  Which price to take is a matter of statistics (`calibrate`).
 """
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from docs.report import rate, table
-from eval import measure
-from model import InputError
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import number, run  # noqa: E402
+from docs.report import rate, table  # noqa: E402
+from eval import flags, measure, prepare  # noqa: E402
+from model import InputError  # noqa: E402
 
 MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
 AIMS = (0.99, 0.98, 0.95)                                 # agreement, where K and V are exact
@@ -73,7 +80,7 @@ def said(model, prompts, exits, how, what):
     own, full depth's agreement with itself."""
     told = [measure(model, p, model.args.n_layers, {}, how, exits) for p in tqdm(prompts, what, disable=None)]
     if not any(a.agrees for a in told) or not exits:
-        raise InputError(f"--calibrate: found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} tokens, "
+        raise InputError(f"found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} tokens, "
                          f"{len(exits)} exits in a half; expected, in each, a prompt, an answer of two tokens, an exit")
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
@@ -162,3 +169,19 @@ def write_thresholds(path, lite, exits, tries, how):
                                 "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
     part.replace(path)
     print(f"thresholds written to {path}; generate.py without --threshold takes them")
+
+
+def main():
+    parser = flags(__doc__)
+    parser.add("target", type=number(float, 0.5, 0.9999), metavar="AGREEMENT", help="share of tokens that shall be the last layer's")
+    parser.add("--by-layers", action="store_true", help="thresholds for few layers, not for few bytes of weights")
+    args = parser.parse_args()
+    if not args.ckpt:
+        raise InputError("thresholds are written to the checkpoint's lite.json: name it with --ckpt")
+    model, _, lite, exits, work, how = prepare(args)
+    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.by_layers)
+    write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -3,9 +3,10 @@
     python docs/plan.py --ckpt llama-2-7b --nproc 8
     python docs/plan.py --ckpt llama-2-13b --nproc 8 --activation-checkpointing --card-gb 80
 
-Flags and defaults are train.py's.  Taken for granted is that all sequences have --max-len tokens, all of
-them response, and that attention keeps its (T, T) matrices.
+Flags and defaults are train.py's, and these two.  It ends with exit code 2 if the cards are too small.  Taken for granted is
+that all sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices.
 """
+import json
 import math
 import sys
 from dataclasses import replace
@@ -15,9 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from docs.cli import Parser, number, run  # noqa: E402
+from data import number, run  # noqa: E402
 from model import LOGIT_ROWS, InputError, Transformer, find_checkpoint, read_args  # noqa: E402
-from train import GIB, RECIPES, choose_exits, optimizer_for  # noqa: E402
+from train import choose_exits, fill_in, flags, optimizer_for  # noqa: E402
+
+GIB = 2 ** 30
 
 
 def kept(f, x, **more):
@@ -57,29 +60,13 @@ def plan(shape, args, world):
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
 
 
-def parse_args():
-    """The flags of train.py that decide on memory, with what its recipe for checkpoints says."""
-    parser = Parser(__doc__)
-    parser.add("--ckpt", required=True, help="Meta-format folder to tune; of it params.json is enough")
-    parser.add("--nproc", 1, type=number(int, 1, 512), metavar="N", help="processes, over all machines")
-    parser.add("--card-gb", 80, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
-    for flag in ("--batch-size", "--micro-batch-size", "--max-len", "--dtype"):
-        _, default, kind, meaning = RECIPES[flag]
-        parser.add(flag, default, type=kind, help=meaning)
-    for flag in ("--activation-checkpointing", "--no-lite", "--exits"):
-        parser.add(flag)
-    parser.add("--copying", 0.0)
-    parser.set_defaults(weights=None, lr=0.0, weight_decay=0.0)      # these take no memory
-    return parser.parse_args()
-
-
-def fit(shape, args, world, card, say=print):
-    """Tell the plan; InputError if it is more than the card's bytes. What train.py does first on a GPU."""
+def fit(shape, args, world, card):
+    """Print the plan; InputError if it is more than the card's bytes."""
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
     parts = plan(shape, args, world)
-    say("GiB per card, at most:")
+    print("GiB per card, at most:")
     for part, (n, why) in parts.items():
-        say(f"{part:>12} {n / GIB:8.2f}  {why}")
+        print(f"{part:>12} {n / GIB:8.2f}  {why}")
     if (total := parts["sum"][0]) > card:
         enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
         raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
@@ -88,7 +75,15 @@ def fit(shape, args, world, card, say=print):
 
 
 def main():
-    args = parse_args()
+    parser = flags(__doc__)
+    parser.add("--nproc", 1, type=number(int, 1, 512), metavar="N", help="processes, over all machines")
+    parser.add("--card-gb", 80.0, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
+    parser.add("--settings", type=json.loads, default={}, metavar="JSON", help="in place of flags, as train.py passes them on a GPU")
+    args = parser.parse_args()
+    vars(args).update(args.settings)
+    if not args.ckpt:
+        raise InputError("--ckpt: expected the folder of a model; of it params.json is enough")
+    fill_in(args)
     shape = read_args(folder := find_checkpoint(args.ckpt))
     choose_exits(args, shape, folder)
     fit(shape, args, args.nproc, args.card_gb * GIB)

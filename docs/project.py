@@ -16,14 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Tokenizer  # noqa: E402
-from docs.cli import run  # noqa: E402
-from docs.report import read_lines, table  # noqa: E402
-from eval import costs  # noqa: E402
+from data import Tokenizer, run  # noqa: E402
+from docs.report import table  # noqa: E402
+from eval import costs, read_answers  # noqa: E402
 from model import InputError, ModelArgs, Transformer  # noqa: E402
 from train import SHORTLIST  # noqa: E402
 
-SHAPES = {"7B": ModelArgs(vocab_size=32000), "13B": ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)}
+SHAPES = {"7B": ModelArgs(4096, 32, 32, vocab_size=32000), "13B": ModelArgs(5120, 40, 40, vocab_size=32000)}
 
 
 def project(shape, lines, setting, prompts, exits, L):
@@ -47,10 +46,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("answers", type=Path, help="a .jsonl that eval.py wrote")
     path = parser.parse_args().answers
-    header, lines = read_lines(path)
+    header, lines = read_answers(path)
     if not lines:
         raise InputError(f"{path}: found no answers; expected a .jsonl that eval.py wrote")
-    rules, folder, lines = header["rules"], header["settings"]["ckpt"], list(lines.values())
+    rules, folder, lines = header["rules"], header["settings"]["ckpt"], [line for line in lines.values() if "runs" in line]
     L, tokenizer = rules["full depth"][0], Tokenizer.load(folder)
     prompts = [tokenizer.encode(line["prompt"], bos=True) for line in lines]
     rows = {}

@@ -1,24 +1,27 @@
-"""eval.py's books: the file of answers, their figures by set and category, with intervals, and the tables.
+"""What the answers that eval.py wrote amount to, by set and category, with intervals; and confidence against agreement.
 
-It lies apart because none of it is LITE.  Intervals are 95 %, by prompt: the tokens of a prompt are not independent.
+    python docs/report.py results/tiny-1a2b3c4d.jsonl
+
+prints tables, and writes the figures to the .json beside it (for docs/plots.py).  Intervals are 95 %, by prompt: the tokens
+of a prompt are not independent.
 """
+import argparse
 import json
 import math
-import re
-import zlib
-from contextlib import suppress
+import sys
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch.distributed as dist
-from tqdm import tqdm
 
-from model import InputError
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-FULL, ORACLE = "full depth", "oracle"
-FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), the oracle's (o)
+from data import run  # noqa: E402
+from eval import FULL, ORACLE, read_answers  # noqa: E402
+from model import InputError  # noqa: E402
+
+FIGURES = {  # of a setting's numbers, summed over prompts (s), of full depth's (f) and of the oracle's (o)
     "layers": lambda s, f, o: s.layers / s.steps,
     "layers saved %": lambda s, f, o: 100 - 100 * s.layers / s.full_layers,
     "FLOPs saved %": lambda s, f, o: 100 - 100 * s.FLOPs / s.full_FLOPs,
@@ -33,51 +36,6 @@ FIGURES = {  # of sums over prompts: a setting's numbers (s), full depth's (f), 
     "similarity": lambda s, f, o: s.similarity / s.prompts,
     "perplexity": lambda s, f, o: np.exp(s.loss / s.length),
     "tokens an answer": lambda s, f, o: s.length / s.prompts}
-
-
-def identity(args, model, work, settings):
-    """What makes a run: its settings, and checksums of its prompts, of the checkpoint's files' dates, and of
-    this code: the answers of another rule are another run's."""
-    ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
-    files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
-    flags = {key: value for key, value in vars(args).items() if key not in ("out", "calibrate", "by_layers")}
-    flags |= dict(ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
-    code = [p.read_text() for p in sorted(Path(__file__).parents[1].glob("*.py"))]
-    header = dict(settings=flags, rules=settings, crc=zlib.crc32(repr((work, files, code)).encode()))
-    return json.loads(json.dumps(header))                # as it will be read back
-
-
-def read_lines(path):
-    """The header of a results file, None if there is no file, and {i: line}. A line cut short by a kill is none."""
-    lines, text = [], path.read_text(errors="replace").strip() if path.exists() else ""
-    for line in text.split("\n"):
-        with suppress(ValueError):
-            lines.append(json.loads(line))
-    if text and not (text.startswith('{"settings"') and lines and all(
-            isinstance(line, dict) and ("i" in line or line == lines[0]) for line in lines)):
-        raise InputError(f"{path}: holds no answers of eval.py, or another run's among them")
-    return lines[0] if lines else None, {line["i"]: line for line in lines if "i" in line}
-
-
-def collect(path, header, make, size, rank, world):
-    """The lines 0..size-1 of a results file.  Those that it lacks are made first, by make(i), each rank its
-    share, and added in one write each, so that any number of ranks may write and be killed."""
-    wait, (found, lines) = dist.barrier if world > 1 else lambda: None, read_lines(path)
-    if found not in (None, header):
-        raise InputError(f"--out {path}: holds another run (flags, data, checkpoint or code differ); choose another file")
-    missing = sorted(set(range(size)) - lines.keys())
-    wait()                                               # all have read before anyone writes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as f:
-        if rank == 0 and missing:
-            f.write(f"\n{json.dumps(header)}\n".encode())                # the first \n ends a broken line
-        wait()
-        for i in tqdm(missing[rank::world], desc="answers", unit="prompt", disable=rank > 0 or None):
-            f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
-    wait()
-    lines = read_lines(path)[1]
-    return [lines[i] for i in range(size)]
 
 
 def rate(hits, counts, z=1.96):
@@ -181,3 +139,26 @@ def show(result):
     table("agreement % (tokens) by confidence", [f"{b / 10:.1f}-{(b + 1) / 10:.1f}" for b in range(10)], {
         f"exit {n}": [f"{100 * b[1]:.1f} ({b[4]})" if b[4] else "-" for b in bins]
         for n, bins in part["curve"].items()})           # of the last part: all sets together, if there are several
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("answers", type=Path, help="a .jsonl that eval.py wrote")
+    path = parser.parse_args().answers
+    header, lines = read_answers(path)
+    losses = next((line["teacher_forced"] for line in lines.values() if "teacher_forced" in line), [])
+    lines = [lines[i] for i in sorted(lines) if "runs" in lines[i]]
+    if not lines:
+        raise InputError(f"{path}: found no answers; expected a .jsonl that eval.py wrote")
+    out = path.with_suffix(".json")
+    if out.exists() and not out.read_text().startswith('{"settings"'):
+        raise InputError(f"{out}: is not of this script, and would be overwritten; rename the answers")
+    exits = [int(name.split()[1]) for name in header["rules"] if name.startswith("first ")]
+    result = header | dict(teacher_forced=losses, sets=report(lines, exits))
+    out.write_text(json.dumps(result) + "\n")
+    show(result)
+    print(f"figures, for docs/plots.py: {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -28,8 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as M  # noqa: E402
-from data import embedded, prompt_text, read_examples  # noqa: E402
-from docs.cli import Parser, pick_device, run  # noqa: E402
+from data import Parser, embedded, pick_device, prompt_text, read_examples, run  # noqa: E402
 from docs.report import rate  # noqa: E402
 from eval import judge  # noqa: E402
 from generate import Decoder, exit_rule, frequent_tokens, generate, load_for_decoding  # noqa: E402

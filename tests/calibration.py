@@ -18,9 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from data import TINY_FOLDER, Tokenizer, embedded, prompt_text  # noqa: E402
+from data import TINY_FOLDER, Tokenizer, embedded, prompt_text, run  # noqa: E402
 from docs.calibrate import calibrate  # noqa: E402
-from docs.cli import run  # noqa: E402
 from docs.report import rate, table  # noqa: E402
 from eval import measure  # noqa: E402
 from model import load_meta, read_lite  # noqa: E402

@@ -351,10 +351,10 @@ def test_calibration_by_layers_does_not_mind_what_a_check_reads(tiny, monkeypatc
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
     before = json.loads((folder / "lite.json").read_text())
-    call(monkeypatch, E, f"--ckpt {folder} --limit 20 --calibrate 0.999", fails="lite.json is as it was")       # too few to tell
+    call(monkeypatch, C, f"0.999 --ckpt {folder} --limit 20", fails="lite.json is as it was")       # too few to tell
     assert json.loads((folder / "lite.json").read_text()) == before
     capsys.readouterr()
-    call(monkeypatch, E, f"--ckpt {folder} --limit 240 --calibrate 0.95 --by-layers")
+    call(monkeypatch, C, f"0.95 --ckpt {folder} --limit 240 --by-layers")
     assert "aim 99.00" in capsys.readouterr().out
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]
@@ -363,13 +363,14 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     assert {key: lite[key] for key in before} == before
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
     said = capsys.readouterr().err
-    assert "lite.json, for 95.0% agreement" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
-    for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5"):       # not what was certified
+    assert "of lite.json, chosen and measured" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
+    assert f"{found['agreement']:.1%}" in said and "torch.float32" in said and f"{len(before['shortlist'])} frequent" in said
+    for other in ("--exits 2", "--threshold 0.5"):       # not what was certified
         call(monkeypatch, G, f"--ckpt {folder} --limit 1 {other}")
-        assert "95 % confidence" not in capsys.readouterr().err
+        assert "chosen and measured" not in capsys.readouterr().err
     for shortlist in ("", " --shortlist 0"):             # eval.py judges them with the list they were chosen with alone
         call(monkeypatch, E, f"--ckpt {folder} --limit 2 --threshold --out {tmp_path / f'r{len(shortlist)}.jsonl'}{shortlist}")
-        figures = json.loads((tmp_path / f"r{len(shortlist)}.json").read_text())
+        figures = report(tmp_path / f"r{len(shortlist)}.jsonl", monkeypatch)
         assert ("lite.json" in figures["sets"]["embedded"]["rows"]) == (not shortlist)
     model, tokenizer = load_meta(folder, torch.float32), D.Tokenizer.load(folder)              # and on fresh questions they hold
     how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
@@ -379,14 +380,14 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("flags, where", [
-    ("--calibrate 0.9", "name it"), ("--ckpt TINY --limit 1 --calibrate 0.9", "found 0 prompts"), ("--ckpt TINY --limit 4 --max-new-tokens 1 --calibrate 0.9", "an answer of two"),
+    ("0.9", "name it"), ("0.9 --ckpt TINY --limit 1", "found 0 prompts"), ("0.9 --ckpt TINY --limit 4 --max-new-tokens 1", "an answer of two"),
     ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "one of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
-    ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--ckpt TINY --data DIR/half.jsonl", "line 1")])
+    ("--ckpt TINY --data DIR/half.jsonl", "line 1")])
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, where):
     (tmp_path / "d.jsonl").write_text('{"prompt": "Say hen."}\n')
     (tmp_path / "five.jsonl").write_text("5\n")
     (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
-    call(monkeypatch, E, flags.replace("DIR", str(tmp_path)).replace("TINY", str(ROOT / "tiny")), fails=where)
+    call(monkeypatch, C if flags.startswith("0.9") else E, flags.replace("DIR", str(tmp_path)).replace("TINY", str(ROOT / "tiny")), fails=where)
 
 
 def test_a_model_without_exits_is_evaluated_too(tmp_path, monkeypatch):
@@ -394,7 +395,7 @@ def test_a_model_without_exits_is_evaluated_too(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     save_meta(tmp_path / "m", model, D.Tokenizer.load(ROOT / "tiny"), {})
     call(monkeypatch, E, f"--ckpt {tmp_path / 'm'} --data {ROOT / 'tiny' / 'test.jsonl.gz'} --limit 3 --max-new-tokens 5 --threshold --out {tmp_path / 'r.jsonl'}")
-    rows = json.loads((tmp_path / "r.json").read_text())["sets"]["test"]["rows"]
+    rows = report(tmp_path / "r.jsonl", monkeypatch)["sets"]["test"]["rows"]
     assert set(rows) == {"full depth", "oracle"} and rows["oracle"]["layers"][0] == 2
 
 
@@ -408,6 +409,12 @@ def call(monkeypatch, module, command, fails=None):
         module.main()
 
 
+def report(path, monkeypatch):
+    """The figures that docs/report.py makes of eval.py's answers."""
+    call(monkeypatch, R, str(path))
+    return json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)             # no NaN
+
+
 def evaluate(folder, monkeypatch, capsys, *more):
     """eval.py on a few embedded questions: its lines, figures and output."""
     call(monkeypatch, E, " ".join(["--ckpt", str(ROOT / "tiny"), "--limit", "6", "--threshold", "0.9", "--out", str(folder / "r.jsonl"), *more]))
@@ -415,20 +422,19 @@ def evaluate(folder, monkeypatch, capsys, *more):
     for s in (folder / "r.jsonl").read_text().splitlines():
         with suppress(ValueError):                                                                   # one may be broken
             lines.append(json.loads(s))
-    strict = json.loads((folder / "r.json").read_text(), parse_constant=pytest.fail)                 # no NaN
-    return lines, strict, capsys.readouterr().out
+    return lines, report(folder / "r.jsonl", monkeypatch), capsys.readouterr().out
 
 
 def without_time(lines):
     return [{name: {k: v for k, v in run.items() if k != "seconds"} for name, run in x["runs"].items()} for x in sorted(
-        (x for x in lines if "i" in x), key=lambda x: x["i"])]
+        (x for x in lines if "runs" in x), key=lambda x: x["i"])]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").mkdir()
     whole, figures, out = evaluate(tmp_path / "a", monkeypatch, capsys)
     assert "teacher-forced" in out and "first 2 layers" in out and "oracle" in out and "exit 4" in out
-    assert [x["i"] for x in whole[1:]] == list(range(6)) and figures["settings"]["threshold"] == [[0.9]]
+    assert [x["i"] for x in whole[1:]] == list(range(7)) and figures["settings"]["threshold"] == [[0.9]]
     assert set(figures["sets"]["embedded"]["rows"]) == {"full depth", "threshold 0.9", "first 2 layers", "first 4 layers", "first 6 layers", "oracle"}
     text, asked = (tmp_path / "a" / "r.jsonl").read_text(), []
     (tmp_path / "r.jsonl").write_text(text[:text.index('{"i": 3') + 50])         # killed in the middle of a write
@@ -440,14 +446,22 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
     call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 6 --threshold 0.8 --out {tmp_path / 'r.jsonl'}", fails="another run")
 
 
+def test_a_report_overwrites_no_file_of_another_kind(tmp_path, monkeypatch, capsys):
+    evaluate(tmp_path, monkeypatch, capsys)
+    (tmp_path / "r.json").write_text('[{"instruction": "a", "output": "b"}]')
+    call(monkeypatch, R, str(tmp_path / "r.jsonl"), fails="would be overwritten")
+    (tmp_path / "no.jsonl").write_text("")
+    call(monkeypatch, R, str(tmp_path / "no.jsonl"), fails="found no answers")
+
+
 def test_two_processes_share_the_prompts(tmp_path, monkeypatch, capsys):
     lines, _, _ = evaluate(tmp_path, monkeypatch, capsys)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "eval.py"), "--ckpt", str(ROOT / "tiny"),
                "--limit", "6", "--threshold", "0.9", "--out", str(tmp_path / "two.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("teacher-forced") == 1, done.stderr
+    assert done.returncode == 0 and "python docs/report.py" in done.stdout, done.stderr
     both = [json.loads(s) for s in (tmp_path / "two.jsonl").read_text().splitlines() if s]
-    assert {x["i"] for x in both[1:]} == set(range(6))
+    assert sorted(x["i"] for x in both if "i" in x) == list(range(7))
     for one, two in zip(without_time(lines), without_time(both)):
         assert one.keys() == two.keys() and all(one[k]["exits"] == two[k]["exits"] and one[k]["text"] == two[k]["text"] for k in one)
 
@@ -457,7 +471,7 @@ def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
     (tmp_path / "w.jsonl").write_text('{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Say 3."}')
     call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 'v.jsonl'} {tmp_path / 'w.jsonl'} --threshold 0.8 --max-new-tokens 8 "
          f"--out {tmp_path / 'r.jsonl'}")
-    result, out = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    result, out = report(tmp_path / "r.jsonl", monkeypatch), capsys.readouterr().out
     assert set(result["sets"]) == {"v", "w", "all sets"} and set(result["sets"]["w"]["groups"]) == {"Math", "level 3"}
     assert result["teacher_forced"] == [] and result["sets"]["v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
     assert "agreement % in v" in out and "exact match % in" not in out

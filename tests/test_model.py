@@ -41,15 +41,15 @@ def test_logits_equal_an_independent_implementation(change):
 
 
 def test_feed_forward_widths_are_metas():
-    assert ModelArgs(dim=4096).ffn_dim == 11008                                                         # 7B
-    assert ModelArgs(dim=5120).ffn_dim == 13824                                                         # 13B
-    assert ModelArgs(dim=8192, multiple_of=4096, ffn_dim_multiplier=1.3).ffn_dim == 28672               # 70B
+    assert ModelArgs(4096, 32, 32).ffn_dim == 11008                                                         # 7B
+    assert ModelArgs(5120, 40, 40).ffn_dim == 13824                                                         # 13B
+    assert ModelArgs(8192, 80, 64, multiple_of=4096, ffn_dim_multiplier=1.3).ffn_dim == 28672               # 70B
 
 
 def test_parameter_counts_of_7b_and_13b():
     with torch.device("meta"):
-        count = [sum(p.numel() for p in Transformer(ModelArgs(vocab_size=32000, **a)).parameters())
-                 for a in ({}, dict(dim=5120, n_layers=40, n_heads=40))]
+        count = [sum(p.numel() for p in Transformer(ModelArgs(*a, vocab_size=32000)).parameters())
+                 for a in ((4096, 32, 32), (5120, 40, 40))]
     assert count == [6738415616, 13015864320]
 
 

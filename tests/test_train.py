@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-import plan as P
+from docs import plan as P
 import train as T
 import worker
 from conftest import ROOT, random_model
 from data import batches, embedded, tokenize
 from eval import exit_losses
 from kill import environ, processes
-from model import IGNORE, InputError, Transformer, load_meta
+from model import IGNORE, Transformer, load_meta
 from reference import Llama
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -286,21 +286,16 @@ def test_a_plan_needs_params_json_alone(tmp_path, name, n, flags, code, said):
     assert done.returncode == code and said in done.stdout + done.stderr and done.stderr.count("\n") == (code > 0)
 
 
-def card_of(gib, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * T.GIB))
-
-
-def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, monkeypatch, capfd):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS["7b"]))
-    card_of(40, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 * 2 ** 30))
     monkeypatch.setattr(T, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr("sys.argv", ["train.py", "--ckpt", f"{tmp_path}", "--data", "none", "--out", f"{tmp_path / 'run'}"])
-    with pytest.raises(InputError, match="GiB per process, but the card has 40.0: no number of cards fits"):
+    with pytest.raises(SystemExit, match="2"):
         T.main()
+    said = capfd.readouterr()
+    assert "1 process(es)" in said.out and "GiB per process, but the card has 40.0: no number of cards fits" in said.err
     assert not (tmp_path / "run").exists()
-    card_of(80, monkeypatch)                             # three are enough, of these
-    with pytest.raises(InputError, match="the card has 80.0: --nproc-per-node 3 fits"):
-        T.main()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------
@@ -611,10 +606,6 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(tmp_path, monkeypatch):
     T.save(out, 4, model, optimizer, tokenizer, args)
     assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
     assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3", "step-3-mine", "step-4"]
-    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="a save takes 0.0 GiB"):
-        T.save(out, 5, model, optimizer, tokenizer, args)
-    assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
 
 
 def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path):
