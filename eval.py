@@ -90,7 +90,7 @@ def costs(model, a, exits, asks, top):
                 bytes=int(weights.sum()) * model.output.weight.itemsize)
 
 def measure(model, prompt, top, thresholds, how, exits=()):
-    """The answer of the first `top` layers under thresholds, judged, with the numbers that FIGURES sum up."""
+    """The answer of the first `top` layers under thresholds, judged, with the numbers that are summed up."""
     a = answer(first_layers(model, top), prompt, thresholds=thresholds, **how)
     judge(model, a, how["frequent"], exits)
     n, full = np.array(a.exits[1:]), [model.args.n_layers] * len(a.exits[1:])
@@ -137,7 +137,7 @@ def collect(path, header, make, numbers):
         raise InputError(f"--out {path}: of another run (flags, data, checkpoint or code differ); choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
-        f.write(f"{json.dumps(header)}\n".encode() if found is None else b"\n")         # ends a broken line
+        f.write(f"\n{json.dumps(header)}\n".encode() if found is None else b"\n")      # \n ends a broken line
         for i in tqdm([i for i in numbers if i % world == rank and i not in lines], desc="answers", unit="prompt",
                       disable=rank > 0 or None):
             f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
@@ -151,7 +151,7 @@ def identity(args, model, work, rules):
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
     flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
     code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
-    header = dict(settings=flags, rules=rules, crc=zlib.crc32(repr((work, files, code)).encode()))
+    header = dict(settings=flags, rules=rules, prompts=len(work), crc=zlib.crc32(repr((work, files, code)).encode()))
     return json.loads(json.dumps(header))                # as it will be read back
 
 def flags(doc):
@@ -194,8 +194,8 @@ def main():
     header = identity(args, model, work, settings)
     name = (args.ckpt.parent if args.ckpt.name == "latest" else args.ckpt).resolve().name
     path = Path(args.out or f"results/{name}-{zlib.crc32(repr(header).encode()):08x}.jsonl")
-    if path.resolve() in {Path(p).resolve() for p in args.data or []}:
-        raise InputError(f"--out {path}: is one of --data; choose another name")
+    if path.suffix != ".jsonl" or path.resolve() in {Path(p).resolve() for p in args.data or []}:
+        raise InputError(f"--out {path}: expected a name in .jsonl that is none of --data")
 
     def make(i):
         if i < len(work):
@@ -207,13 +207,14 @@ def main():
     answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
     lines = collect(path, header, make, range(len(work) + 1))
     if len(lines) <= len(work):
-        return                                           # the process that is last tells
+        return                                           # another process is not done; the last one tells
     for name in [*settings, ORACLE]:
-        s = Counter()
+        s = Counter()                                    # sums over the prompts
         for line in (line for line in lines.values() if "runs" in line):
             s.update({key: x for key, x in line["runs"][name].items() if isinstance(x, (int, float))})
+        speed = f", {s['steps'] / s['seconds']:5.0f} tokens/s" if s["seconds"] else ""         # the oracle has none
         print(f"{name:>18}: {1 - s['layers'] / max(1, s['full_layers']):6.1%} of layers saved, "
-              f"{s['agreed'] / max(1, s['steps']):6.1%} agreement, {s['steps'] / (s['seconds'] or math.inf):5.0f} tokens/s")
+              f"{s['agreed'] / max(1, s['steps']):6.1%} agreement{speed}")
     print(f"answers: {path}; all their figures: python docs/report.py {path}")
 
 if __name__ == "__main__":

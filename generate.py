@@ -159,8 +159,6 @@ def answer(model, prompt, max_new_tokens, thresholds, each=lambda answer: None, 
     """Generate to the end and keep the books: a namespace of prompt and tokens (ids), exits (layers run per
     token), drafts (per round of --verify), prefill and decode (seconds).  each(answer) follows a token."""
     room = min(max_new_tokens, model.args.max_seq_len - len(prompt))
-    if room < 1:
-        raise InputError(f"prompt: {len(prompt)} tokens fill the context, {model.args.max_seq_len}; shorten it")
     a = SimpleNamespace(prompt=prompt, tokens=[], exits=[], drafts=[], prefill=0.0, decode=0.0)
     clock = time.perf_counter()
     for token, depth in generate(model, prompt, room, thresholds, drafts=a.drafts, **how):
@@ -256,6 +254,8 @@ def main():
     if args.verify and not any(t < 1 for t in thresholds.values()):
         raise InputError("--verify lets exits draft, but none has a threshold below 1; try --threshold 0.6")
     prompts = [(title, tokenizer.encode(text, bos=True)) for title, text in texts]
+    if (longest := max(len(ids) for _, ids in prompts)) >= model.args.max_seq_len:
+        raise InputError(f"prompt: {longest} tokens fill the context, {model.args.max_seq_len}; shorten it")
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
     reply = partial(answer, model, max_new_tokens=args.max_new_tokens, thresholds=thresholds,
                     eos=tokenizer.eos, frequent=frequent_tokens(args, lite), verify=args.verify,
@@ -267,7 +267,7 @@ def main():
         return
     legend = "  ".join(tint(f"{n} ({t:g})", n, L) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
-    if args.threshold is None and args.exits is None and "calibration" in lite:
+    if args.threshold is None and thresholds == exit_rule(None, None, lite.get("calibration", {}), L) != {}:
         print("of lite.json, chosen and measured greedily, in {dtype}, with {check} frequent tokens: {agreement:.1%} "
               "agreement, {bound:.1%} at least".format_map(lite | lite["calibration"]), file=sys.stderr)
     answers = []

@@ -305,7 +305,8 @@ def read_args(folder):
     for name, value in params.items():                   # an integer will do for a float, true will not
         if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, kinds[name])
                                                     or value is not None and value <= 0):
-            raise InputError(f"{path}: {name} is {value!r}, expected a positive {kinds[name]}")
+            raise InputError(f"{path}: {name} is {value!r}, expected a positive "
+                             f"{'integer' if kinds[name] in (int, int | None) else 'number'}")
     if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
         raise InputError(f"{path}: dim {a.dim} does not divide into n_heads {a.n_heads} of an even "
                          f"width, or these into n_kv_heads {a.n_kv_heads}")

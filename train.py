@@ -259,7 +259,7 @@ def main():
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
     shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
     choose_exits(args, shape, folder)
-    if device.type == "cuda" and folder and rank == 0:   # will it fit? Told before anything is loaded
+    if device.type == "cuda" and folder and os.environ.get("LOCAL_RANK", "0") == "0":          # will it fit?
         card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
         plan = [sys.executable, Path(__file__).parent / "docs/plan.py", f"--nproc={world}", f"--card-gb={card}"]
         if subprocess.run([*plan, "--settings", json.dumps(vars(args) | dict(ckpt=str(folder)))]).returncode:
@@ -322,7 +322,7 @@ def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, 
     out.mkdir(parents=True, exist_ok=True)
     first, log = step, open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
-        log.truncate(min(args.logged, log.tell()))       # what came after the save to resume from
+        log.seek(log.truncate(min(args.logged, log.tell())))         # without what came after the last save
     bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", mininterval=1,
                disable=rank > 0 or None)
     for step in bar:

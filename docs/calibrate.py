@@ -6,6 +6,7 @@ Leaving with another token than the last layer's is given a price.  Every price 
 (`best_thresholds`), a higher one safer ones.  Which price to take is a matter of statistics (`calibrate`).
 """
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,8 +177,8 @@ def main():
     parser.add("target", type=number(float, 0.5, 0.9999), metavar="AGREEMENT", help="share of tokens that shall be the last layer's")
     parser.add("--by-layers", action="store_true", help="thresholds for few layers, not for few bytes of weights")
     args = parser.parse_args()
-    if not args.ckpt:
-        raise InputError("thresholds are written to the checkpoint's lite.json: name it with --ckpt")
+    if not args.ckpt or "RANK" in os.environ:
+        raise InputError("thresholds are written into the lite.json of --ckpt: name it; and one process does it, without torchrun")
     model, _, lite, exits, work, how = prepare(args)
     tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.by_layers)
     write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)

@@ -3,7 +3,7 @@
     python docs/plan.py --ckpt llama-2-7b --nproc 8
     python docs/plan.py --ckpt llama-2-13b --nproc 8 --activation-checkpointing --card-gb 80
 
-Flags and defaults are train.py's, and these two.  It ends with exit code 2 if the cards are too small.  Taken for granted is
+Flags and defaults are train.py's, and --nproc and --card-gb.  It ends with exit code 2 if the cards are too small.  Taken for granted is
 that all sequences have --max-len tokens, all of them response, and that attention keeps its (T, T) matrices.
 """
 import json

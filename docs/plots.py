@@ -1,4 +1,4 @@
-"""Draw what eval.py measured: four pictures, readable in black and white.
+"""Draw what eval.py measured and docs/report.py summed up: four pictures, readable in black and white.
 
     pip install matplotlib
     python docs/plots.py results/tiny-1a2b3c4d.json --plain results/plain-1a2b3c4d.json --out docs/tiny
@@ -84,7 +84,7 @@ def loss(axes, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", help="the .json that eval.py wrote")
+    parser.add_argument("results", help="the .json that docs/report.py wrote")
     parser.add_argument("--plain", metavar="JSON", help="that of the same model tuned with --no-lite")
     parser.add_argument("--out", default="docs/eval", metavar="PREFIX", help="of the pictures' names (default: docs/eval)")
     args = parser.parse_args()

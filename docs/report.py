@@ -150,8 +150,10 @@ def main():
     lines = [lines[i] for i in sorted(lines) if "runs" in lines[i]]
     if not lines:
         raise InputError(f"{path}: found no answers; expected a .jsonl that eval.py wrote")
+    if len(lines) < header.get("prompts", 0):
+        print(f"{path}: {len(lines)} of {header['prompts']} answers yet", file=sys.stderr)
     out = path.with_suffix(".json")
-    if out.exists() and not out.read_text().startswith('{"settings"'):
+    if out == path or out.exists() and not out.read_text().startswith('{"settings"'):
         raise InputError(f"{out}: is not of this script, and would be overwritten; rename the answers")
     exits = [int(name.split()[1]) for name in header["rules"] if name.startswith("first ")]
     result = header | dict(teacher_forced=losses, sets=report(lines, exits))

@@ -381,7 +381,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("flags, where", [
     ("0.9", "name it"), ("0.9 --ckpt TINY --limit 1", "found 0 prompts"), ("0.9 --ckpt TINY --limit 4 --max-new-tokens 1", "an answer of two"),
-    ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "one of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
+    ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "none of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
     ("--ckpt TINY --data DIR/half.jsonl", "line 1")])
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, where):
     (tmp_path / "d.jsonl").write_text('{"prompt": "Say hen."}\n')
@@ -418,11 +418,15 @@ def report(path, monkeypatch):
 def evaluate(folder, monkeypatch, capsys, *more):
     """eval.py on a few embedded questions: its lines, figures and output."""
     call(monkeypatch, E, " ".join(["--ckpt", str(ROOT / "tiny"), "--limit", "6", "--threshold", "0.9", "--out", str(folder / "r.jsonl"), *more]))
-    lines = []
+    lines, out = [], capsys.readouterr().out
     for s in (folder / "r.jsonl").read_text().splitlines():
         with suppress(ValueError):                                                                   # one may be broken
             lines.append(json.loads(s))
-    return lines, report(folder / "r.jsonl", monkeypatch), capsys.readouterr().out
+    figures = report(folder / "r.jsonl", monkeypatch)
+    row = figures["sets"]["embedded"]["rows"]["threshold 0.9"]                   # eval.py's own words are the report's
+    said = f"{row['layers saved %'][0]:.1f}% of layers saved, {row['agreement %'][0]:5.1f}% agreement, {row['tokens/s'][0]:5.0f} tokens/s"
+    assert f"threshold 0.9:  {said}" in out and out.count("\n") == 7
+    return lines, figures, capsys.readouterr().out
 
 
 def without_time(lines):
@@ -441,6 +445,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
     original = E.compare
     monkeypatch.setattr(E, "compare", lambda *a: asked.append(a) or original(*a))
     lines, again, _ = evaluate(tmp_path, monkeypatch, capsys)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "r.jsonl").write_text(text[:40])   # and in the middle of the first one, of the header
+    assert without_time(evaluate(tmp_path / "b", monkeypatch, capsys)[0]) == without_time(whole)
+    asked = asked[:-6]
     assert len(asked) == 3 and without_time(lines) == without_time(whole)
     assert again["sets"]["embedded"]["rows"]["oracle"]["layers"] == figures["sets"]["embedded"]["rows"]["oracle"]["layers"]
     call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 6 --threshold 0.8 --out {tmp_path / 'r.jsonl'}", fails="another run")

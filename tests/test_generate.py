@@ -411,8 +411,8 @@ def test_tints_differ_by_exit_and_spare_full_depth(monkeypatch):
 
 def test_a_prompt_that_fills_the_context_is_refused_and_answers_stop_at_its_end(checkpoint, monkeypatch, capsys):
     with pytest.raises(InputError, match="shorten it"):
-        command(monkeypatch, capsys, "--ckpt", checkpoint, "--raw", "bed box " * 40)
-    capsys.readouterr()
+        command(monkeypatch, capsys, "--ckpt", checkpoint, "Sort b a.", "--raw", "bed box " * 40)
+    assert capsys.readouterr().out == ""                 # refused before anything is shown
     out = command(monkeypatch, capsys, "--ckpt", checkpoint, "--raw", "bed box", "--max-new-tokens", 500, "--json")
     found = json.loads(out.out)
     assert len(found["prompt_tokens"]) + len(found["tokens"]) == 64 or found["tokens"][-1] == 2

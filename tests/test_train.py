@@ -290,11 +290,12 @@ def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, 
     (tmp_path / "params.json").write_text(json.dumps(PARAMS["7b"]))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 * 2 ** 30))
     monkeypatch.setattr(T, "pick_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr("sys.argv", ["train.py", "--ckpt", f"{tmp_path}", "--data", "none", "--out", f"{tmp_path / 'run'}"])
+    monkeypatch.setattr("sys.argv", ["train.py", "--ckpt", f"{tmp_path}", "--data", "none", "--out", f"{tmp_path / 'run'}",
+                                     "--micro-batch-size", "3", "--max-len", "300"])
     with pytest.raises(SystemExit, match="2"):
         T.main()
     said = capfd.readouterr()
-    assert "1 process(es)" in said.out and "GiB per process, but the card has 40.0: no number of cards fits" in said.err
+    assert "1 process(es)" in said.out and "3 x 299 tokens" in said.out and "GiB per process, but the card has 40.0: --nproc-per-node 64 fits" in said.err
     assert not (tmp_path / "run").exists()
 
 
@@ -474,8 +475,11 @@ def test_a_run_killed_in_its_first_save_starts_anew(tmp_path):
     for folder in ("step-0", ".step-0.tmp"):
         (tmp_path / "run" / folder).mkdir(parents=True)
         (tmp_path / "run" / folder / "params.json").write_text("half")
+    (tmp_path / "run/log.jsonl").write_text('{"step": 0, "validation": [1.0]}\n')                         # cut off on a new start
     train(*TINY, "--steps", 1, "--out", tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "log.jsonl", "step-0", "step-1"]
+    assert json.loads((tmp_path / "run/step-0/trainer.json").read_text())["args"]["logged"] == 0
+    assert [json.loads(s)["step"] for s in (tmp_path / "run/log.jsonl").read_text().splitlines()] == [0, 1, 1]
     assert load_meta(tmp_path / "run/step-0").args.dim > 0
 
 
