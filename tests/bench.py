@@ -219,8 +219,8 @@ def show(name, r):
     number = lambda x, form: "-".rjust(int(form.split(".")[0])) if x is None else format(x, form)  # noqa: E731
     agreement = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in r["agreement"][:3])) if "agreement" in r else "-"
     rate_ = r["bytes"] * r["tokens_per_second"] / 1e9 if "bytes" in r else None
-    print(f"{name:<40} {r['tokens_per_second']:>7.1f} {r['S']:>5.2f}x {number(r.get('P'), '5.2f')}x {number(r.get('share'), '6.2f')} "
-          f"{number(None if 'verify' in name else r.get('layers'), '7.2f')} {agreement:>19} "
+    print(f"{name:<40} {r['tokens_per_second']:>7.1f} {r['S']:>5.2f}x {number(r.get('P'), '5.2f')}{'x' if 'P' in r else ' '} "
+          f"{number(r.get('share'), '6.2f')} {number(None if 'verify' in name else r.get('layers'), '7.2f')} {agreement:>19} "
           f"{number(r['bytes'] / 1e6 if 'bytes' in r else None, '9.1f')} {number(rate_, '6.1f')}")
 
 
