@@ -1,4 +1,4 @@
-"""The paper's evaluation: what early exit saves, on four counts, and what it costs, on data not trained on.
+"""What early exit saves, on four counts, and what it costs, on data not trained on.
 
     python eval.py                                     # out/ (else tiny/) on the embedded test set
     torchrun --nproc-per-node 8 eval.py --ckpt lite7b --data data/vicuna.jsonl data/koala.jsonl --limit 20
@@ -145,7 +145,7 @@ def collect(path, header, make, numbers):
 
 def identity(args, model, work, rules):
     """What makes a run: its flags and rules, and checksums of its prompts, of the checkpoint's files' dates, and
-    of this code: the answers of another rule are another run's."""
+    of all five files: what other code, or another copy of the checkpoint, answers is another run's."""
     ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]

@@ -22,7 +22,7 @@ from data import (TINY_FOLDER, Parser, Tokenizer, embedded, number, pick_device,
 from model import InputError, check_exits, default_exits, find_checkpoint, load_meta, read_lite
 
 def confidence(logits):
-    """The largest softmax probability of logits (..., N): exp(max - logsumexp) needs no other one. (...)"""
+    """The largest softmax probability of logits (..., N): exp(max - logsumexp) needs no other one."""
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 def distribution(logits, temperature=0.0, top_p=1.0):

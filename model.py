@@ -4,11 +4,11 @@ The names are Meta's, so Meta's checkpoints load without a translation table.  L
 network: its intermediate layers share the last layer's norm and output matrix (`logits`).  What it adds:
 
 - training: `forward(tokens, labels, exits)` gives one cross-entropy per exit and one for the last layer;
-- decoding: a block that comes after tokens which skipped it makes their K and V first (`debt`, see `Block`).
+- decoding: a block that comes after tokens which skipped it makes their K and V, too (`debt`, see `Block`).
 
 "Exit n" is the state after n blocks, everywhere.  Dimensions, in all five files:
     B batch   T new positions   S positions in the cache   D model   H heads   K key/value heads
-    E head width   V vocabulary   L layers   X exits, without the last layer
+    E head width   V vocabulary   L layers   X exits, without the last layer   N rows, of whatever kind
 """
 import json, math, pickle
 from dataclasses import asdict, dataclass, fields
@@ -86,7 +86,7 @@ def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
     packs = w.is_cpu and w.numel() >= PACK_FROM and torch.backends.mkldnn.is_available() and (
         w.dtype == torch.float or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # for ~4 rows
+    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # 4 rows a product
 
 def wide(x):
     """x in fp32, unless it is wider already (tests run in float64)."""
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
     def forward(self, x, left, pos, T, kv=None):
         """x (B, P+T, D) at positions pos..: attention for the last T, (B, T, D), to K and V made from
-        left (B, P+T, D): x, but in training on copies.  Where `fuse` joined it, one product makes all."""
+        left (B, P+T, D): x, or, where training copies, exit states.  Where `fuse` joined it, one product does."""
         H, K, E, G = self.n_heads, self.n_kv_heads, self.head_dim, self.n_heads // self.n_kv_heads
         parts = ((self.wk(left), self.wq(x), self.wv(left)) if self.joint is None or left is not x else
                  product(x, self.joint).split((K * E, H * E, K * E), -1))
@@ -337,7 +337,7 @@ def load_meta(folder, dtype=None, device="cpu"):
     with torch.device("meta"):                           # shapes without memory; weights are assigned below
         model = Transformer(args)
     want = model.state_dict()
-    if odd := sorted(set().union(*((want.keys() ^ s.keys()) for s in shards)) - {"rope.freqs"}):   # of Meta's
+    if odd := sorted(set().union(*((want.keys() ^ s.keys()) for s in shards)) - {"rope.freqs"}):   # a table
         names = ", ".join(f"{key} {'missing' if key in want else 'unexpected'}" for key in odd[:4])
         raise InputError(f"{folder}: weights do not fit params.json: {names}, {len(odd)} in all")
     for key, w in want.items():                          # one at a time: no second copy of the whole

@@ -1,9 +1,9 @@
 """LITE tuning: every exit layer learns to answer, through the head of the last.
 
     python train.py                                     # a tiny LLaMA from nothing, minutes on a CPU
-    torchrun train.py --ckpt llama-2-7b                 # LITE-tune Meta's weights on data/alpaca_data.json
+    torchrun --nproc-per-node 8 train.py --ckpt llama-2-7b      # LITE-tune Meta's weights on Alpaca
     python train.py --no-lite --out plain               # the baseline: the last layer's loss alone
-    python train.py --resume                            # go on where out/ stopped, bit for bit
+    python train.py --resume                            # go on where out/ stopped (on a CPU bit for bit)
 
 The run goes to out/: log.jsonl, and complete Meta folders out/step-N/, the newest of which is out/latest.
 """
@@ -33,7 +33,7 @@ MACHINE = {"out", "resume", "device", "timeout"}     # may differ on --resume
 LAYOUT = {"micro_batch_size", "activation_checkpointing"}            # may, too: this changes rounding alone
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
-    "--steps": (2800, None, number(int, 1), "optimizer steps; with --data, instead of --epochs"),
+    "--steps": (2800, None, number(int, 1), "optimizer steps; with --data, in place of --epochs"),
     "--epochs": (None, 3, number(float, 0.001, 1000), "passes over --data"),
     "--batch-size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
     "--micro-batch-size": (32, 4, number(int, 1), "sequences per rank and pass"),
@@ -214,6 +214,8 @@ def resolve(parser):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if (args.epochs or args.limit) and not args.ckpt and not args.data:
             raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
+        if args.steps and args.epochs:
+            raise InputError(f"--steps {args.steps} --epochs {args.epochs:g}: give one of them")
         return fill_in(args), 0
     path = find_checkpoint(out) / "trainer.json"
     if not path.exists():

@@ -4,7 +4,7 @@
     python docs/plots.py results/tiny-1a2b3c4d.json --plain results/plain-1a2b3c4d.json --out docs/tiny
 
 writes docs/tiny-curve.svg (confidence against agreement), -cost.svg (what is saved against agreement), -exits.svg (where
-tokens leave) and, of results with answers, -loss.svg (loss per layer; --plain: the same without LITE).
+tokens leave) and, where the set has answers, -loss.svg (loss per layer; --plain: the same without LITE).
 """
 import argparse
 import json

@@ -1,6 +1,6 @@
 """What early exit is worth on the wall clock: full depth, early exit and --verify, batch 1, greedy, in one run.
 
-    python tests/bench.py                                                              # the tiny model: 1 minute
+    python tests/bench.py                                                              # out/, else the tiny model: 1 minute
     python tests/bench.py --ckpt smol --data alpaca_val.json --dtype bfloat16 --threshold 0.9 --force 12 --transformers
     python tests/bench.py --ckpt smol --dtype bfloat16 --context                       # time per token, 64 to 2048
     python tests/bench.py --random llama-2-7b --device cuda --force 8 16 24            # random weights, for the timing
@@ -9,7 +9,7 @@ Decoding one token reads every weight it uses once, and that is what it waits fo
 meter that adds up the bytes of all matrices multiplied (which is also its warm-up), then timed in turns with the
 others, always for --tokens tokens (no stop at EOS), decoding alone, after the prompt.  Columns:
     S          speed-up over full depth; P: the same as predicted by the bytes alone; share: (S - 1) / (P - 1)
-    agreement  tokens that an exact full-depth pass over the same prefix puts first, up to EOS; full depth lacks what rounding takes
+    agreement  tokens that an exact full-depth pass over the same prefix puts first, up to EOS; full depth falls short of 100 % by rounding
     GB/s       weights read per second; the ceiling is that of one large matrix-vector product in this run
 """
 import json

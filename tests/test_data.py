@@ -85,7 +85,7 @@ def test_long_examples_are_cut_or_dropped_and_counted_aloud(tokenizer):
     rows = D.tokenize([short, cut, dropped], tokenizer, limit, said.append)
     assert [len(ids) for ids, _ in rows] == [len(rows[0][0]), limit] and len(rows[0][0]) <= limit
     assert said[0].startswith("1 of 3 examples dropped") and said[1].startswith("1 of 3 examples cut")
-    with pytest.raises(InputError, match="every example"):
+    with pytest.raises(InputError, match="every example's prompt"):
         D.tokenize([dropped], tokenizer, limit, said.append)
 
 
