@@ -188,7 +188,8 @@ def number(kind, low, high=math.inf, many=False):
 FLAGS = {  # those that several scripts have
     "--ckpt": dict(metavar="DIR", help="Meta-format folder or train.py's output (default: out, else tiny)"),
     "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
-    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples of each file, evenly spaced; of the embedded set the first"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples of each file, evenly spaced; of "
+                    "the embedded set the first"),
     "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
                     "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
     "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "

@@ -118,7 +118,7 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
     return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
 
 def read_answers(path):
-    """The header of a file of answers, None without a file, and {i: line}. A line cut short by a kill is none."""
+    """The header of a file of answers, None without one, and {i: line}. A line that a kill cut is none."""
     lines, text = [], path.read_text(errors="replace").strip() if path.exists() else ""
     for line in text.split("\n"):
         with suppress(ValueError):
@@ -129,29 +129,30 @@ def read_answers(path):
     return lines[0] if lines else None, {line["i"]: line for line in lines if "i" in line}
 
 def collect(path, header, make, numbers):
-    """{i: line} of a file of answers, once this process has added those of its numbers that the file lacks: each
-    made by make(i), and in one write, so that any number of processes (torchrun's) may write and be killed."""
+    """{i: line} of a file of answers, once this process has added what the file lacks of its numbers: each
+    made by make(i), and in one write, so any number of processes (torchrun's) may write and be killed."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found, lines = read_answers(path)
     if found not in (None, header):
-        raise InputError(f"--out {path}: of another run (flags, data, checkpoint or code differ); choose another")
+        raise InputError(f"--out {path}: another run's (flags, data, checkpoint, code differ); take another")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
         f.write(f"\n{json.dumps(header)}\n".encode() if found is None else b"\n")      # \n ends a broken line
-        for i in tqdm([i for i in numbers if i % world == rank and i not in lines], desc="answers", unit="prompt",
-                      disable=rank > 0 or None):
+        mine = [i for i in numbers if i % world == rank and i not in lines]
+        for i in tqdm(mine, desc="answers", unit="prompt", disable=rank > 0 or None):
             f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
     return read_answers(path)[1]
 
 def identity(args, model, work, rules):
-    """What makes a run: its flags and rules, and checksums of its prompts, of the checkpoint's files' dates, and
-    of all five files: what other code, or another copy of the checkpoint, answers is another run's."""
+    """What makes a run: its flags and rules, and a checksum of prompts, the checkpoint's files' dates and all
+    five files: what other code, or another copy of the checkpoint, answers is another run's."""
     ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
     flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
     code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
-    header = dict(settings=flags, rules=rules, prompts=len(work), crc=zlib.crc32(repr((work, files, code)).encode()))
+    crc = zlib.crc32(repr((work, files, code)).encode())
+    header = dict(settings=flags, rules=rules, prompts=len(work), crc=crc)
     return json.loads(json.dumps(header))                # as it will be read back
 
 def flags(doc):
@@ -200,9 +201,9 @@ def main():
     def make(i):
         if i < len(work):
             return compare(model, tokenizer, *work[i], settings, exits, how)
-        rows = [e for _, e, _ in work if e["output"] is not None]    # one line more: losses, given these outputs
-        losses = exit_losses(model, tokenize(rows, tokenizer, model.args.max_seq_len), exits, 8) if rows else ()
-        return dict(teacher_forced=[*zip([*exits, L], *losses)] if rows else [])
+        rows = [e for _, e, _ in work if e["output"] is not None]    # one line more: given these, the losses
+        rows = rows and tokenize(rows, tokenizer, model.args.max_seq_len)
+        return dict(teacher_forced=rows and [*zip([*exits, L], *exit_losses(model, rows, exits, 8))])
 
     answer(model, work[0][2], 4, {})                     # the first one is slow, and not recorded
     lines = collect(path, header, make, range(len(work) + 1))
@@ -212,7 +213,7 @@ def main():
         s = Counter()                                    # sums over the prompts
         for line in (line for line in lines.values() if "runs" in line):
             s.update({key: x for key, x in line["runs"][name].items() if isinstance(x, (int, float))})
-        speed = f", {s['steps'] / s['seconds']:5.0f} tokens/s" if s["seconds"] else ""         # the oracle has none
+        speed = f", {s['steps'] / s['seconds']:5.0f} tokens/s" if s["seconds"] else ""       # oracle: none
         print(f"{name:>18}: {1 - s['layers'] / max(1, s['full_layers']):6.1%} of layers saved, "
               f"{s['agreed'] / max(1, s['steps']):6.1%} agreement{speed}")
     print(f"answers: {path}; all their figures: python docs/report.py {path}")

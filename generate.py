@@ -202,7 +202,7 @@ def load_for_decoding(args):
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
 def tint(text, depth, n_layers):
-    """Text for a terminal: green for the shallowest exits, over yellow, to red; plain where all layers ran."""
+    """Text for a terminal: from green for the first exits to red; plain where all layers ran."""
     if depth == n_layers or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
     red, green = min(1, 2 * depth / n_layers), min(1, 2 - 2 * depth / n_layers)
@@ -232,8 +232,8 @@ def parse_args():
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
-    parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="0: greedy; else divides logits")
-    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="share of probability drawn from")
+    parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="0: greedy; divides logits")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="share of probability drawn of")
     for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device".split():
         parser.add(flag)
     for flag, default in {"--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
@@ -268,8 +268,9 @@ def main():
     legend = "  ".join(tint(f"{n} ({t:g})", n, L) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
     if args.threshold is None and thresholds == exit_rule(None, None, lite.get("calibration", {}), L) != {}:
-        print("of lite.json, chosen and measured greedily, in {dtype}, with {check} frequent tokens: {agreement:.1%} "
-              "agreement, {bound:.1%} at least".format_map(lite | lite["calibration"]), file=sys.stderr)
+        print("of lite.json, chosen and measured greedily, in {dtype}, with {check} frequent tokens: "
+              "{agreement:.1%} agreement, {bound:.1%} at least".format_map(lite | lite["calibration"]),
+              file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -86,7 +86,7 @@ def pack(w):
     """w (N, D) in the layout that a product with few rows reads fastest: on a CPU oneDNN's, else as it is."""
     packs = w.is_cpu and w.numel() >= PACK_FROM and torch.backends.mkldnn.is_available() and (
         w.dtype == torch.float or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()    # 4 rows a product
+    return torch.ops.mkldnn._reorder_linear_weight(w.detach(), 4) if packs else w.detach()      # for 4 rows
 
 def wide(x):
     """x in fp32, unless it is wider already (tests run in float64)."""
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
     def forward(self, x, left, pos, T, kv=None):
         """x (B, P+T, D) at positions pos..: attention for the last T, (B, T, D), to K and V made from
-        left (B, P+T, D): x, or, where training copies, exit states.  Where `fuse` joined it, one product does."""
+        left (B, P+T, D): x, or, where training copies, exit states.  `fuse` joins what makes them."""
         H, K, E, G = self.n_heads, self.n_kv_heads, self.head_dim, self.n_heads // self.n_kv_heads
         parts = ((self.wk(left), self.wq(x), self.wv(left)) if self.joint is None or left is not x else
                  product(x, self.joint).split((K * E, H * E, K * E), -1))

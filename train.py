@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device, read_examples,
-                  run, share, tokenize)
+from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device,
+                  read_examples, run, share, tokenize)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
@@ -263,8 +263,9 @@ def main():
     choose_exits(args, shape, folder)
     if device.type == "cuda" and folder and os.environ.get("LOCAL_RANK", "0") == "0":          # will it fit?
         card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30
-        plan = [sys.executable, Path(__file__).parent / "docs/plan.py", f"--nproc={world}", f"--card-gb={card}"]
-        if subprocess.run([*plan, "--settings", json.dumps(vars(args) | dict(ckpt=str(folder)))]).returncode:
+        plan = [sys.executable, Path(__file__).parent / "docs/plan.py", "--nproc", f"{world}",
+                "--card-gb", f"{card}", "--settings", json.dumps(vars(args) | dict(ckpt=str(folder)))]
+        if subprocess.run(plan).returncode:
             sys.exit(2)
     torch.manual_seed(args.seed)
     examples, dtype = load_examples(args), getattr(torch, args.dtype)

@@ -175,7 +175,7 @@ def write_thresholds(path, lite, exits, tries, how):
 def main():
     parser = flags(__doc__)
     parser.add("target", type=number(float, 0.5, 0.9999), metavar="AGREEMENT", help="share of tokens that shall be the last layer's")
-    parser.add("--by-layers", action="store_true", help="thresholds for few layers, not for few bytes of weights")
+    parser.add_argument("--by-layers", action="store_true", help="thresholds for few layers, not for few bytes of weights")
     args = parser.parse_args()
     if not args.ckpt or "RANK" in os.environ:
         raise InputError("thresholds are written into the lite.json of --ckpt: name it; and one process does it, without torchrun")

@@ -78,7 +78,7 @@ def main():
     parser = flags(__doc__)
     parser.add("--nproc", 1, type=number(int, 1, 512), metavar="N", help="processes, over all machines")
     parser.add("--card-gb", 80.0, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
-    parser.add("--settings", type=json.loads, default={}, metavar="JSON", help="in place of flags, as train.py passes them on a GPU")
+    parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="in place of flags, as train.py passes them on a GPU")
     args = parser.parse_args()
     vars(args).update(args.settings)
     if not args.ckpt:
