@@ -210,10 +210,9 @@ def tint(text, depth, n_layers):
 
 def stream(tokenizer, n_layers, a):
     """Print what the newest token adds to the text of an answer a, tinted by the depth it left at."""
-    text, shown = (tokenizer.decode(a.tokens[:n], a.prompt) for n in (len(a.tokens), len(a.tokens) - 1))
+    text, shown = (tokenizer.decode(ids, a.prompt).lstrip() for ids in (a.tokens, a.tokens[:-1]))
     if not text.endswith("\ufffd"):                      # half a character in byte pieces: wait for the rest
-        text = text[len(shown.rstrip("\ufffd")):]
-        print(tint(text if shown else text.lstrip(), a.exits[-1], n_layers), end="", flush=True)
+        print(tint(text[len(shown.rstrip("\ufffd")):], a.exits[-1], n_layers), end="", flush=True)
 
 def summary(answers, n_layers):
     """One line on tokens, depth and time of some answers; for --verify on drafts instead of depth."""
@@ -232,8 +231,8 @@ def parse_args():
     parser.add("--raw", metavar="TEXT", help="continue this text, without the instruction template")
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
-    parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="0: greedy; divides logits")
-    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="share of probability drawn of")
+    parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="of softmax; 0: greedy")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="draw from this share")
     for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device".split():
         parser.add(flag)
     for flag, default in {"--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
@@ -267,10 +266,11 @@ def main():
         return
     legend = "  ".join(tint(f"{n} ({t:g})", n, L) for n, t in thresholds.items()) or "none, full depth"
     print(f"exits (thresholds): {legend}", file=sys.stderr)
-    if args.threshold is None and thresholds == exit_rule(None, None, lite.get("calibration", {}), L) != {}:
-        print("of lite.json, chosen and measured greedily, in {dtype}, with {check} frequent tokens: "
-              "{agreement:.1%} agreement, {bound:.1%} at least".format_map(lite | lite["calibration"]),
-              file=sys.stderr)
+    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()})
+    as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
+    if as_measured and here.items() <= lite.get("calibration", {}).items():
+        print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
+              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -153,6 +153,9 @@ def save(out, step, model, optimizer, tokenizer, args, rank=0, world=1):
         for old in out.iterdir():                        # older saves, and what a killed process left
             if re.fullmatch(r"step-\d+|\..*\.tmp", old.name) and old.name != last:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        need, free = 14 * sum(p.numel() for p in model.parameters()), shutil.disk_usage(out).free
+        if need > free:
+            raise InputError(f"{out}: a save takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
         tmp.mkdir()
     wait()
     if not tmp.exists():
@@ -221,6 +224,7 @@ def resolve(parser):
     if not path.exists():
         raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
     saved = read_json(path)
+    saved["args"].setdefault("logged", sys.maxsize)      # an older save does not know: keep all
     args = parser.parse_args(namespace=Namespace(**saved["args"]))   # flags, if given, change what was saved
     for key, new in settings(args).items():
         if new != (old := saved["args"].get(key, parser.get_default(key))) and key not in LAYOUT:

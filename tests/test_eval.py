@@ -363,11 +363,10 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     assert {key: lite[key] for key in before} == before
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
     said = capsys.readouterr().err
-    assert "of lite.json, chosen and measured" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
-    assert f"{found['agreement']:.1%}" in said and "torch.float32" in said and f"{len(before['shortlist'])} frequent" in said
-    for other in ("--exits 2", "--threshold 0.5"):       # not what was certified
+    assert "lite.json, for 95.0% agreement" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
+    for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5"):       # not what was certified
         call(monkeypatch, G, f"--ckpt {folder} --limit 1 {other}")
-        assert "chosen and measured" not in capsys.readouterr().err
+        assert "95 % confidence" not in capsys.readouterr().err
     for shortlist in ("", " --shortlist 0"):             # eval.py judges them with the list they were chosen with alone
         call(monkeypatch, E, f"--ckpt {folder} --limit 2 --threshold --out {tmp_path / f'r{len(shortlist)}.jsonl'}{shortlist}")
         figures = report(tmp_path / f"r{len(shortlist)}.jsonl", monkeypatch)

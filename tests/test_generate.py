@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -407,6 +408,14 @@ def test_tints_differ_by_exit_and_spare_full_depth(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     tints = [G.tint("x", n, 8) for n in (2, 4, 6, 8)]
     assert len(set(tints)) == 4 and tints[3] == "x" and all("x" in t for t in tints)
+
+
+def test_the_stream_is_the_text_whatever_bytes_its_tokens_end_in(tokenizer, capsys):
+    prompt, tokens = tokenizer.encode("Say hen.", bos=True), tokenizer.encode(" é, 日本 hen") + [tokenizer.eos]
+    assert any(tokenizer.decode(tokens[:n], prompt).endswith("\ufffd") for n in range(len(tokens)))         # some are half a character
+    for n in range(1, len(tokens) + 1):
+        G.stream(tokenizer, 8, SimpleNamespace(prompt=prompt, tokens=tokens[:n], exits=[2] * n))
+    assert capsys.readouterr().out == "é, 日本 hen"
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_answers_stop_at_its_end(checkpoint, monkeypatch, capsys):

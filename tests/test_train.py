@@ -24,7 +24,7 @@ from conftest import ROOT, random_model
 from data import batches, embedded, tokenize
 from eval import exit_losses
 from kill import environ, processes
-from model import IGNORE, Transformer, load_meta
+from model import IGNORE, InputError, Transformer, load_meta
 from reference import Llama
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -483,6 +483,16 @@ def test_a_run_killed_in_its_first_save_starts_anew(tmp_path):
     assert load_meta(tmp_path / "run/step-0").args.dim > 0
 
 
+def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(straight / "one"), str(run)], check=True)
+    saved, log = json.loads((run / "latest/trainer.json").read_text()), (run / "log.jsonl").read_text()
+    del saved["args"]["logged"]
+    (run / "latest/trainer.json").write_text(json.dumps(saved))
+    train("--resume", "--out", run)
+    assert (run / "log.jsonl").read_text().startswith(log) and log.count("losses") == 6
+
+
 def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
     run = straight / "one"
     for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), ([], "--resume")):
@@ -610,6 +620,10 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(tmp_path, monkeypatch):
     T.save(out, 4, model, optimizer, tokenizer, args)
     assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
     assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3", "step-3-mine", "step-4"]
+    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="a save takes 0.0 GiB"):
+        T.save(out, 5, model, optimizer, tokenizer, args)
+    assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
 
 
 def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path):
