@@ -212,8 +212,8 @@ class Parser(ArgumentParser):
         """Add a flag: its meaning comes from FLAGS unless given here, its default is the script's."""
         spec = {**FLAGS.get(flag, {}), **more}
         if default is not None:
-            spec["help"] += f" (default: {default})"
-        self.add_argument(flag, default=default, **spec)
+            spec |= dict(default=default, help=f"{spec['help']} (default: {default})")
+        self.add_argument(flag, **spec)
 
     def error(self, message):
         """What argparse calls on a bad flag."""

@@ -123,7 +123,8 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1):
     count, total = sum(len(ids) - n_prompt for ids, n_prompt in (rows[i] for i in batch)), 0
     for part in share(batch, rank, world, args.micro_batch_size):
         tokens, labels = collate([rows[i] for i in part], next(model.parameters()).device)
-        losses = model(tokens, labels, args.exits, departures(rows, part, step, args, tokens.device))
+        leave = departures(rows, part, step, args, tokens.device)
+        losses = model(tokens, labels, args.exits, leave, args.soft)
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
         total = total + losses.detach()
     if world > 1:
@@ -188,6 +189,7 @@ def flags(doc=__doc__):
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
                "leave early in training, too; those after them attend to copies (not in the paper)")
+    parser.add("--soft", action="store_true", help="exits learn what the last layer says (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
@@ -248,8 +250,8 @@ def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
-    if args.copying and not exits:
-        raise InputError(f"--copying {args.copying}: found no exit to leave at; drop it, or --no-lite")
+    if (args.copying or args.soft) and not exits:
+        raise InputError("--copying and --soft are for exits, but there is none; drop them, or --no-lite")
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights {args.weights}: expected {len(exits) + 1}, not all 0: for {exits}, last")
@@ -273,9 +275,8 @@ def main():
             sys.exit(2)
     torch.manual_seed(args.seed)
     examples, dtype = load_examples(args), getattr(torch, args.dtype)
-    model = (load_meta(folder, dtype, device) if folder else
-             Transformer(shape).init_weights().to(device, dtype))
-    model.checkpoint_blocks = args.activation_checkpointing
+    model = load_meta(folder, dtype, device) if folder else Transformer(shape).init_weights()
+    model.to(device, dtype).checkpoint_blocks = args.activation_checkpointing
     tokenizer = Tokenizer.load(folder or TINY_FOLDER, model.args.vocab_size)
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
@@ -303,8 +304,8 @@ def join(args, step, device, world):
     """Meet the other ranks, and make sure that all are about to do the same."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=device_id)
+    backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    dist.init_process_group(**backend, timeout=timedelta(seconds=args.timeout))
     seen = [None] * world
     dist.all_gather_object(seen, (step, settings(args)))
     if any(theirs != seen[0] for theirs in seen):
@@ -330,8 +331,7 @@ def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, 
     first, log = step, open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     if rank == 0:
         log.seek(log.truncate(min(args.logged, log.tell())))         # without what came after the last save
-    bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", mininterval=1,
-               disable=rank > 0 or None)
+    bar = tqdm(range(step, args.steps + 1), total=args.steps, initial=step, unit="step", disable=rank or None)
     for step in bar:
         halt = torch.tensor(max(caught), device=device)
         if world > 1:

@@ -114,7 +114,7 @@ def test_training_on_copies_attends_to_what_decoding_leaves_in_the_cache(checkpo
 
 
 def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_rank():
-    rows, args = [(list(range(60)), 20), (list(range(45)), 44), (list(range(50)), 3)] * 40, SimpleNamespace(seed=0, copying=0.4, exits=[2, 4])
+    rows, args = [(list(range(60)), 20), (list(range(45)), 44), (list(range(50)), 3)] * 40, SimpleNamespace(seed=0, copying=0.4, soft=False, exits=[2, 4])
     leave = T.departures(rows, range(120), 7, args, "cpu")
     assert leave.shape == (120, 59) and torch.equal(leave[5:9, :49], T.departures(rows, [5, 6, 7, 8], 7, args, "cpu")[:, :49])
     early = leave < math.inf
@@ -131,18 +131,19 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
 
 def test_a_step_trains_on_its_own_departures():
     model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
-    for step, copying in ((3, 0.0), (3, 0.5), (4, 0.5)):
-        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, seed=1)
-        losses[step, copying] = T.gradients(model, rows, [5, 9, 30], args, step)
+    for step, copying, soft in ((3, 0.0, False), (3, 0.5, False), (4, 0.5, False), (4, 0.5, True)):
+        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, soft=soft, seed=1)
+        losses[step, copying, soft] = T.gradients(model, rows, [5, 9, 30], args, step)
         parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
-        want = sum(model(*labelled, args.exits, leave).detach() for labelled, leave in parts)
-        torch.testing.assert_close(losses[step, copying] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
-    assert len({x[-1].item() for x in losses.values()}) == 3 and len({x[0].item() for x in losses.values()}) == 1      # exit 2 sees no copy
+        want = sum(model(*labelled, args.exits, leave, soft).detach() for labelled, leave in parts)
+        torch.testing.assert_close(losses[step, copying, soft] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
+    assert len({x[-1].item() for x in losses.values()}) == 4
+    assert len({x[0].item() for (*_, soft), x in losses.items() if not soft}) == 1                    # exit 2 sees no copy
 
 
 def test_the_mean_is_over_tokens_not_over_means():
     model, rows = random_model(dtype=torch.float64), worker.rows()
-    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0)
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0, soft=False)
     got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
     want, count = torch.zeros(3, dtype=torch.float64), 0
     for i in (0, 7, 13, 20, 31):
@@ -212,7 +213,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, soft=False, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -242,7 +243,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
-                               lr=0.0, copying=0.5, activation_checkpointing=False)
+                               lr=0.0, copying=0.5, soft=False, activation_checkpointing=False)
         parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
@@ -255,7 +256,7 @@ def test_the_plan_counts_what_copies_take():
     model, tokens, seen = random_model(), torch.zeros(2, 29, dtype=torch.long), []
     for copying in (0.0, 0.5):
         args = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[], weight_decay=0.0, lr=0.0,
-                               copying=copying, activation_checkpointing=False)
+                               copying=copying, soft=False, activation_checkpointing=False)
         leave, kept = torch.full((2, 29), 3.0) if copying else None, {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}), lambda _: None)
         with hooks:
@@ -264,6 +265,20 @@ def test_the_plan_counts_what_copies_take():
         seen.append((P.plan(model.args, args, 1)["activations"][0], sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)))
         assert end
     assert seen[1][1] - seen[0][1] == pytest.approx(seen[1][0] - seen[0][0], rel=0.02) and seen[1][0] > 1.1 * seen[0][0]
+
+
+def test_the_plan_counts_soft_targets():
+    """One fp32 row of probabilities a token, which the forward pass leaves for the backward pass."""
+    model, tokens, sizes, plans = random_model(), torch.randint(96, (2, 29)), [], []
+    for soft in (False, True):
+        args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, copying=0.0,
+                                     soft=soft, activation_checkpointing=False), {}
+        plans.append(P.plan(model.args, args, 1)["logits"][0])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
+            losses = model(tokens, tokens, [2], soft=soft)
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        assert losses.requires_grad
+    assert plans[1] - plans[0] == sizes[1] - sizes[0] == 4 * 2 * 29 * 96
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_weights():
