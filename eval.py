@@ -152,7 +152,7 @@ def identity(args, model, work, rules):
     flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
     code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
     crc = zlib.crc32(repr((work, files, code)).encode())
-    return json.loads(json.dumps(dict(settings=flags, rules=rules, prompts=len(work), crc=crc)))   # as read
+    return json.loads(json.dumps(dict(settings=flags, rules=rules, prompts=len(work), crc=crc)))   # as stored
 
 def flags(doc):
     """A parser with the flags that say what is answered, by what, and how far."""

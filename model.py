@@ -242,28 +242,28 @@ class Transformer(nn.Module):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
         a sum over labelled positions: only the caller knows their count over all ranks.  These alone meet the
         head, LOGIT_ROWS at a time, and again in the backward pass: (LOGIT_ROWS, V) lives, not X+1 (N, V).
-        soft: exits learn full depth's distribution, on exact K and V; a last layer on copies that by half."""
+        soft: exits learn what full depth says on exact K and V, and by half so does a last layer on copies;
+        that, one (N, V), lives until the backward pass."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
         labels, copied, total = labels.flatten(), leave is not None, 0
         loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
         states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
-        shares = [1.0 * soft] * (len(states) - 1) + [0.5 * (soft and copied)]
+        shares = [1.0] * len(exits) + [0.5 * copied] if soft else [0.0] * len(states)
         with torch.no_grad():                            # the teacher is the model itself; it learns nothing
             full = [*self.states(tokens)][-1].flatten(0, 1) if soft and copied else states[-1]
         for i in (labels != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
             with torch.no_grad():
-                said = self.logits(full[i]).softmax(-1) if soft else None            # (LOGIT_ROWS, V)
+                said = self.logits(full[i]).softmax(-1) if soft else None
             total = total + torch.stack([loss(h.index_select(0, i), labels[i], said, share)
                                          for h, share in zip(states, shares)])
         return total
 
     def cross_entropy(self, h, labels, said=None, share=0.0):
-        """Sum over the rows h (N, D) of one layer's -log p(label), and for a share of the loss, in its place,
-        the cross-entropy with the distributions said (N, V)."""
-        logits = self.logits(h)
-        hard = F.cross_entropy(logits, labels, reduction="sum") if share < 1 else 0
-        return (1 - share) * hard + (share * F.cross_entropy(logits, said, reduction="sum") if share else 0)
+        """Sum over the rows h (N, D) of one layer's -log p(label); `share` of it is -said log p instead."""
+        logp = self.logits(h).log_softmax(-1)
+        hard = F.nll_loss(logp, labels, reduction="sum")
+        return (1 - share) * hard - share * (said * logp).sum() if share else hard
 
 def lite_loss(losses, weights):
     """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""

@@ -189,7 +189,7 @@ def flags(doc=__doc__):
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
                "leave early in training, too; those after them attend to copies (not in the paper)")
-    parser.add("--soft", action="store_true", help="exits learn what the last layer says (not in the paper)")
+    parser.add("--soft", action="store_true", help="exits learn what full depth says (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")

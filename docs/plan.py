@@ -54,7 +54,7 @@ def plan(shape, args, world):
                    f"{max(dealt):,} weights of the fullest rank"),
         activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
         logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * args.soft), "one exit's, "
-                f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed; soft targets of all"),
+                f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed{'; soft targets of all' * args.soft}"),
         step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
         reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}

@@ -149,12 +149,15 @@ def test_only_one_exits_logits_are_kept_for_the_backward_pass():
 
 def test_activation_checkpointing_changes_no_gradient():
     model, tokens = random_model(dtype=torch.float64), torch.randint(96, (2, 16))
-    grads = []
-    for model.checkpoint_blocks in (False, True):
-        model.zero_grad()
-        lite_loss(model(tokens, tokens, [2, 4]), [1, 2, 3]).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    leave = torch.full((2, 16), math.inf)
+    leave[:, 4:9] = 2
+    for how in ((None, False), (leave, True)):
+        grads = []
+        for model.checkpoint_blocks in (False, True):
+            model.zero_grad()
+            lite_loss(model(tokens, tokens, [2, 4], *how), [1, 2, 3]).backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])

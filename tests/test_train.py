@@ -114,7 +114,7 @@ def test_training_on_copies_attends_to_what_decoding_leaves_in_the_cache(checkpo
 
 
 def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_rank():
-    rows, args = [(list(range(60)), 20), (list(range(45)), 44), (list(range(50)), 3)] * 40, SimpleNamespace(seed=0, copying=0.4, soft=False, exits=[2, 4])
+    rows, args = [(list(range(60)), 20), (list(range(45)), 44), (list(range(50)), 3)] * 40, SimpleNamespace(seed=0, copying=0.4, exits=[2, 4])
     leave = T.departures(rows, range(120), 7, args, "cpu")
     assert leave.shape == (120, 59) and torch.equal(leave[5:9, :49], T.departures(rows, [5, 6, 7, 8], 7, args, "cpu")[:, :49])
     early = leave < math.inf
@@ -131,14 +131,15 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
 
 def test_a_step_trains_on_its_own_departures():
     model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
-    for step, copying, soft in ((3, 0.0, False), (3, 0.5, False), (4, 0.5, False), (4, 0.5, True)):
+    for step, copying, soft in ((3, 0.0, False), (3, 0.5, False), (4, 0.5, False), (4, 0.0, True), (4, 0.5, True)):
         args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, soft=soft, seed=1)
         losses[step, copying, soft] = T.gradients(model, rows, [5, 9, 30], args, step)
         parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
         want = sum(model(*labelled, args.exits, leave, soft).detach() for labelled, leave in parts)
         torch.testing.assert_close(losses[step, copying, soft] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
-    assert len({x[-1].item() for x in losses.values()}) == 4
-    assert len({x[0].item() for (*_, soft), x in losses.items() if not soft}) == 1                    # exit 2 sees no copy
+    assert len({x[-1].item() for x in losses.values()}) == 4          # of (4, 0.0, True) it is (3, 0.0, False)'s: labels
+    for soft in (False, True):                                        # exit 2 sees no copy, nor does its teacher
+        assert len({x[0].item() for (*_, how), x in losses.items() if how == soft}) == 1
 
 
 def test_the_mean_is_over_tokens_not_over_means():
@@ -502,7 +503,7 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", str(straight / "one"), str(run)], check=True)
     saved, log = json.loads((run / "latest/trainer.json").read_text()), (run / "log.jsonl").read_text()
-    del saved["args"]["logged"]
+    del saved["args"]["logged"], saved["args"]["soft"]                # as an older one's: it was not soft
     (run / "latest/trainer.json").write_text(json.dumps(saved))
     train("--resume", "--out", run)
     assert (run / "log.jsonl").read_text().startswith(log) and log.count("losses") == 6
@@ -510,7 +511,7 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
 
 def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
     run = straight / "one"
-    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), ([], "--resume")):
+    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--soft"], "has False"), ([], "--resume")):
         done = train(*args, "--out", run, check=False)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
