@@ -261,9 +261,9 @@ class Transformer(nn.Module):
 
     def cross_entropy(self, h, labels, said=None, share=0.0):
         """Sum over the rows h (N, D) of one layer's -log p(label); `share` of it is -said log p instead."""
-        logp = self.logits(h).log_softmax(-1)
-        hard = F.nll_loss(logp, labels, reduction="sum")
-        return (1 - share) * hard - share * (said * logp).sum() if share else hard
+        logits = self.logits(h)
+        hard = F.cross_entropy(logits, labels, reduction="sum") if share < 1 else 0
+        return (1 - share) * hard + (share * F.cross_entropy(logits, said, reduction="sum") if share else 0)
 
 def lite_loss(losses, weights):
     """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""
