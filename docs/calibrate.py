@@ -175,12 +175,12 @@ def write_thresholds(path, lite, exits, tries, how):
 def main():
     parser = flags(__doc__)
     parser.add("target", type=number(float, 0.5, 0.9999), metavar="AGREEMENT", help="share of tokens that shall be the last layer's")
-    parser.add_argument("--by-layers", action="store_true", help="thresholds for few layers, not for few bytes of weights")
+    parser.add("count", "bytes", nargs="?", choices=("bytes", "layers"), help="what there shall be few of: bytes of weights read, or layers run")
     args = parser.parse_args()
     if not args.ckpt or "RANK" in os.environ:
         raise InputError("thresholds are written into the lite.json of --ckpt: name it; and one process does it, without torchrun")
     model, _, lite, exits, work, how = prepare(args)
-    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.by_layers)
+    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.count == "layers")
     write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
 
 

@@ -354,7 +354,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     call(monkeypatch, C, f"0.999 --ckpt {folder} --limit 20", fails="lite.json is as it was")       # too few to tell
     assert json.loads((folder / "lite.json").read_text()) == before
     capsys.readouterr()
-    call(monkeypatch, C, " ".join(["0.95", "--by-layers", "--ckpt", str(folder), "--limit", "240"]))
+    call(monkeypatch, C, " ".join(["0.95", "layers", "--ckpt", str(folder), "--limit", "240"]))
     assert "aim 99.00" in capsys.readouterr().out
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]
