@@ -238,32 +238,25 @@ class Transformer(nn.Module):
                 yield h
         yield h
 
-    def forward(self, tokens, labels=None, exits=(), leave=None, soft=False):
+    def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
         a sum over labelled positions: only the caller knows their count over all ranks.  These alone meet the
         head, LOGIT_ROWS at a time, and again in the backward pass: (LOGIT_ROWS, V) lives, not X+1 (N, V).
-        soft: exits learn what full depth says on exact K and V, and by half so does a last layer on copies;
-        that, one (N, V), lives until the backward pass."""
+        teacher: a Transformer, frozen, to learn from instead; its (N, V) lives until the backward pass."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
-        labels, copied, total = labels.flatten(), leave is not None, 0
+        targets, total = labels.flatten(), 0
         loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
         states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
-        shares = [1.0] * len(exits) + [0.5 * copied] if soft else [0.0] * len(states)
-        with torch.no_grad():                            # the teacher is the model itself; it learns nothing
-            full = [*self.states(tokens)][-1].flatten(0, 1) if soft and copied else states[-1]
-        for i in (labels != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
-            with torch.no_grad():
-                said = self.logits(full[i]).softmax(-1) if soft else None
-            total = total + torch.stack([loss(h.index_select(0, i), labels[i], said, share)
-                                         for h, share in zip(states, shares)])
+        knows = list(teacher.states(tokens))[-1].flatten(0, 1) if teacher else None
+        for i in (targets != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
+            target = targets[i] if teacher is None else teacher.logits(knows[i]).softmax(-1)
+            total = total + torch.stack([loss(h.index_select(0, i), target) for h in states])
         return total
 
-    def cross_entropy(self, h, labels, said=None, share=0.0):
-        """Sum over the rows h (N, D) of one layer's -log p(label); `share` of it is -said log p instead."""
-        logits = self.logits(h)
-        hard = F.cross_entropy(logits, labels, reduction="sum") if share < 1 else 0
-        return (1 - share) * hard + (share * F.cross_entropy(logits, said, reduction="sum") if share else 0)
+    def cross_entropy(self, h, target):
+        """Sum of -log p(target) over the rows h (N, D) of a layer; target: ids (N,), or shares (N, V)."""
+        return F.cross_entropy(self.logits(h), target, reduction="sum")
 
 def lite_loss(losses, weights):
     """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""

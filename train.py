@@ -96,9 +96,8 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * done))
 
 def distribute(model, exits, world):
-    """The model in DDP, where p.grad is a view of the bucket that is summed over the ranks: it exists once.
-    After its first backward pass DDP lays its buckets out anew.  Here that pass is one without weight: else
-    the first step would hold gradients twice, and that of a resumed run would round unlike any other."""
+    """The model in DDP, where p.grad is a view of the buckets that ranks sum: gradients exist once. Not until
+    a backward pass do these lie as they stay; it comes here, without weight: a resumed run rounds alike."""
     if world == 1:
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -116,7 +115,7 @@ def departures(rows, ids, step, args, device):
             r.choice(args.exits) if r.random() < args.copying else math.inf for _ in tokens[n_prompt:-1]]))
     return pad_sequence(out, batch_first=True).to(device) if out else None       # pads: 0; nobody looks
 
-def gradients(model, rows, batch, args, step=0, rank=0, world=1):
+def gradients(model, rows, batch, args, step=0, rank=0, world=1, teacher=None):
     """Run a global batch forward and backward. Returns the losses (X+1,), means over all its response tokens,
     however it is cut into ranks and micro-batches: each part adds its sum / count.  DDP averages over ranks,
     hence `* world`, and at every micro-batch, on purpose: under no_sync gradients would exist twice."""
@@ -124,18 +123,18 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1):
     for part in share(batch, rank, world, args.micro_batch_size):
         tokens, labels = collate([rows[i] for i in part], next(model.parameters()).device)
         leave = departures(rows, part, step, args, tokens.device)
-        losses = model(tokens, labels, args.exits, leave, args.soft)
+        losses = model(tokens, labels, args.exits, leave, teacher)
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
         total = total + losses.detach()
     if world > 1:
         dist.all_reduce(total)
     return total / count
 
-def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1):
+def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1, teacher=None):
     """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    losses = gradients(ddp, rows, batch, args, step, rank, world).tolist()    # waits for the device
+    losses = gradients(ddp, rows, batch, args, step, rank, world, teacher).tolist()  # waits for the device
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip).item()
     check_finite([*losses, norm], step + 1, args)
     optimizer.step()
@@ -189,16 +188,15 @@ def flags(doc=__doc__):
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
                "leave early in training, too; those after them attend to copies (not in the paper)")
-    parser.add("--soft", action="store_true", help="exits learn what full depth says (not in the paper)")
+    parser.add("--teacher", metavar="DIR", help="learn what this model says, not labels (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")
-    parser.add("--seed", 0)
-    for flag in ("--exits", "--limit", "--device"):
-        parser.add(flag)
+    for flag, default in {"--seed": 0, "--exits": None, "--limit": None, "--device": None}.items():
+        parser.add(flag, default)
     return parser
 
 def fill_in(args):
@@ -250,13 +248,21 @@ def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
-    if (args.copying or args.soft) and not exits:
-        raise InputError("--copying and --soft are for exits, but there is none; drop them, or --no-lite")
+    if args.copying and not exits:
+        raise InputError("--copying is for exits, but there is none; drop it, or --no-lite")
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights {args.weights}: expected {len(exits) + 1}, not all 0: for {exits}, last")
     if args.max_len > shape.max_seq_len:
         raise InputError(f"--max-len {args.max_len}: the model's context is {shape.max_seq_len} tokens")
+
+def load_teacher(folder, model, tokenizer, max_len):
+    """The model in folder, frozen; InputError if it reads other tokens than `model`, or fewer at once."""
+    teacher = load_meta(folder, model.output.weight.dtype, model.output.weight.device).requires_grad_(False)
+    if (Tokenizer.load(find_checkpoint(folder)).model_bytes != tokenizer.model_bytes or
+            teacher.args.vocab_size != model.args.vocab_size or teacher.args.max_seq_len < max_len):
+        raise InputError(f"--teacher {folder}: not --ckpt's tokens and context; take one tuned from --ckpt")
+    return teacher
 
 def main():
     """Set the run up, in the order in which a mistake shows soonest, and train."""
@@ -278,6 +284,7 @@ def main():
     model = load_meta(folder, dtype, device) if folder else Transformer(shape).init_weights()
     model.to(device, dtype).checkpoint_blocks = args.activation_checkpointing
     tokenizer = Tokenizer.load(folder or TINY_FOLDER, model.args.vocab_size)
+    teacher = load_teacher(args.teacher, model, tokenizer, args.max_len) if args.teacher else None
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
@@ -293,7 +300,7 @@ def main():
         optimizer = optimizer_for(model, args, world)
         if args.resume:
             load_optimizer(find_checkpoint(args.out), model, optimizer)
-        halt = train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, note)
+        halt = train(ddp, model, teacher, optimizer, tokenizer, rows, val, args, step, rank, world, note)
     except RuntimeError as e:
         raise explain(e, args) from None
     if world > 1:
@@ -321,7 +328,7 @@ def explain(e, args):
         return OSError(f"{args.out}: a save could not be written ({why}); is the disk full?")
     return e
 
-def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, note):
+def train(ddp, model, teacher, optimizer, tokenizer, rows, val, args, step, rank, world, note):
     """The loop. step counts the steps done; batches and learning rate are functions of it and the seed."""
     out, caught, started, device = Path(args.out), [0], time.time(), model.output.weight.device
     for sig in (signal.SIGINT, signal.SIGTERM):
@@ -351,7 +358,7 @@ def train(ddp, model, optimizer, tokenizer, rows, val, args, step, rank, world, 
         if order is None or step % per_epoch == 0:
             order = batches(rows, args.batch_size, args.seed, step // per_epoch)
         batch, clock = order[step % per_epoch], time.time()
-        losses, norm = update(ddp, optimizer, rows, batch, step, args, rank, world)
+        losses, norm = update(ddp, optimizer, rows, batch, step, args, rank, world, teacher)
         tokens, seconds = sum(len(rows[i][0]) for i in batch), time.time() - clock
         print(json.dumps(dict(step=step + 1, losses=losses, lr=learning_rate(step, args), norm=norm,
                               tokens=tokens, seconds=seconds)), file=log)

@@ -47,14 +47,17 @@ def plan(shape, args, world):
     block, n, state = kept(model.layers[0], h, left=left), sum(dealt), 12 if c < 4 else 8
     blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
+    taught = args.teacher is not None
+    with torch.device("meta"):
+        teacher = sum(p.numel() for p in Transformer(read_args(find_checkpoint(args.teacher))).parameters()) if taught else 0
     parts = dict(
-        weights=(n * c, f"{n:,}, {c} bytes each"),
+        weights=((n + teacher) * c, f"{n:,}, {c} bytes each{f'; the teacher has {teacher:,} more' if taught else ''}"),
         gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),
         optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
                    f"{max(dealt):,} weights of the fullest rank"),
         activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
-        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * args.soft), "one exit's, "
-                f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed{'; soft targets of all' * args.soft}"),
+        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * taught), "one exit's, "
+                f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed{'; what the teacher says of all' * taught}"),
         step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
         reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}

@@ -46,7 +46,7 @@ def measure(args):
     """Run one mode over the batches; print its times and the process's peak memory, bytes."""
     model, rows, plan = setup(args)
     exits = default_exits(model.args.n_layers) if args.mode == "lite" else []
-    run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, soft=False, micro_batch_size=args.micro_batch_size,
+    run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, micro_batch_size=args.micro_batch_size,
                           weight_decay=0.0, lr=1e-4, warmup=0.0, steps=len(plan), clip=1.0, out="")
     optimizer, seconds = T.optimizer_for(model, run), []
 

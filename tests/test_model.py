@@ -111,19 +111,18 @@ def test_losses_are_sums_over_labelled_positions_in_closed_form():
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_soft_losses_and_their_gradients_in_closed_form(monkeypatch, copies):
-    """Exits learn probabilities that are constants, those of full depth on exact K and V; so does half of a last layer on copies."""
+def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, copies):
+    """Exits and last learn probabilities that are constants: what the teacher says at full depth on its own, exact K and V."""
     monkeypatch.setattr("model.LOGIT_ROWS", 5)
     model, tokens, labels = random_model(dtype=torch.float64), torch.randint(96, (3, 12)), torch.randint(96, (3, 12))
+    teacher = random_model(seed=1, dtype=torch.float64, n_layers=2).requires_grad_(False)
     labels[0, :5] = labels[1, 7:] = -100
     leave, keep = torch.full((3, 12), math.inf), labels != -100
     leave[:, 4:9:2], leave[0, 5] = 2, 4
     leave = leave if copies else None
-    p = torch.tensor(model(tokens).softmax(-1)[keep].tolist(), dtype=torch.float64)
-    *early, last = (model.logits(h)[keep].log_softmax(-1) for h in model.states(tokens, [2, 4], leave=leave))
-    hard = -sum(row[label] for row, label in zip(last, labels[keep]))
-    want = torch.stack([*(-(p * logp).sum() for logp in early), (hard - (p * last).sum()) / 2 if copies else hard])
-    got, grads = model(tokens, labels, [2, 4], leave, True), []
+    p = teacher(tokens).softmax(-1)[keep]
+    want = torch.stack([-(p * model.logits(h)[keep].log_softmax(-1)).sum() for h in model.states(tokens, [2, 4], leave=leave)])
+    got, grads = model(tokens, labels, [2, 4], leave, teacher), []
     np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-12)
     for losses in (got, want):
         grads.append(torch.autograd.grad(lite_loss(losses, [1, 2, 5]), list(model.parameters())))

@@ -131,20 +131,18 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
 
 def test_a_step_trains_on_its_own_departures():
     model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
-    for step, copying, soft in ((3, 0.0, False), (3, 0.5, False), (4, 0.5, False), (4, 0.0, True), (4, 0.5, True)):
-        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, soft=soft, seed=1)
-        losses[step, copying, soft] = T.gradients(model, rows, [5, 9, 30], args, step)
+    for step, copying, teacher in ((3, 0.0, None), (3, 0.5, None), (4, 0.5, None), (4, 0.5, random_model(1, torch.float64).requires_grad_(False))):
+        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, seed=1)
+        losses[step, copying, bool(teacher)] = T.gradients(model, rows, [5, 9, 30], args, step, teacher=teacher)
         parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
-        want = sum(model(*labelled, args.exits, leave, soft).detach() for labelled, leave in parts)
-        torch.testing.assert_close(losses[step, copying, soft] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
-    assert len({x[-1].item() for x in losses.values()}) == 4          # of (4, 0.0, True) it is (3, 0.0, False)'s: labels
-    for soft in (False, True):                                        # exit 2 sees no copy, nor does its teacher
-        assert len({x[0].item() for (*_, how), x in losses.items() if how == soft}) == 1
+        want = sum(model(*labelled, args.exits, leave, teacher).detach() for labelled, leave in parts)
+        torch.testing.assert_close(losses[step, copying, bool(teacher)] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
+    assert len({x[-1].item() for x in losses.values()}) == 4 and len({x[0].item() for x in losses.values()}) == 2    # exit 2 sees no copy
 
 
 def test_the_mean_is_over_tokens_not_over_means():
     model, rows = random_model(dtype=torch.float64), worker.rows()
-    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0, soft=False)
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0)
     got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
     want, count = torch.zeros(3, dtype=torch.float64), 0
     for i in (0, 7, 13, 20, 31):
@@ -214,7 +212,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, soft=False, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -244,7 +242,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
-                               lr=0.0, copying=0.5, soft=False, activation_checkpointing=False)
+                               lr=0.0, copying=0.5, teacher=None, activation_checkpointing=False)
         parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
@@ -257,7 +255,7 @@ def test_the_plan_counts_what_copies_take():
     model, tokens, seen = random_model(), torch.zeros(2, 29, dtype=torch.long), []
     for copying in (0.0, 0.5):
         args = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[], weight_decay=0.0, lr=0.0,
-                               copying=copying, soft=False, activation_checkpointing=False)
+                               copying=copying, teacher=None, activation_checkpointing=False)
         leave, kept = torch.full((2, 29), 3.0) if copying else None, {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}), lambda _: None)
         with hooks:
@@ -268,18 +266,21 @@ def test_the_plan_counts_what_copies_take():
     assert seen[1][1] - seen[0][1] == pytest.approx(seen[1][0] - seen[0][0], rel=0.02) and seen[1][0] > 1.1 * seen[0][0]
 
 
-def test_the_plan_counts_soft_targets():
-    """One fp32 row of probabilities a token, which the forward pass leaves for the backward pass."""
-    model, tokens, sizes, plans = random_model(), torch.randint(96, (2, 29)), [], []
-    for soft in (False, True):
+def test_the_plan_counts_a_teacher(tmp_path):
+    """Its weights, and one fp32 row of probabilities a token, which the forward pass leaves for the backward pass."""
+    model, tokens, sizes, plans, teacher = random_model(), torch.randint(96, (2, 29)), [], [], random_model(n_layers=2).requires_grad_(False)
+    (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in vars(teacher.args).items() if v is not None}))
+    for taught in (False, True):
         args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, copying=0.0,
-                                     soft=soft, activation_checkpointing=False), {}
-        plans.append(P.plan(model.args, args, 1)["logits"][0])
+                                     teacher=str(tmp_path) if taught else None, activation_checkpointing=False), {}
+        plans.append(P.plan(model.args, args, 1))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
-            losses = model(tokens, tokens, [2], soft=soft)
+            losses = model(tokens, tokens, [2], teacher=teacher if taught else None)
         sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
         assert losses.requires_grad
-    assert plans[1] - plans[0] == sizes[1] - sizes[0] == 4 * 2 * 29 * 96
+    assert plans[1]["logits"][0] - plans[0]["logits"][0] == 4 * 2 * 29 * 96
+    assert sizes[1] - sizes[0] == 4 * 2 * 29 * 96 - 8 * 2 * 29                       # in place of the labels
+    assert plans[1]["weights"][0] - plans[0]["weights"][0] == 4 * sum(p.numel() for p in teacher.parameters())
 
 
 def test_what_autograd_keeps_is_counted_once_and_without_weights():
@@ -384,6 +385,23 @@ def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_p
     part.unlink()
     done = train("--resume", "--out", run, check=False)
     assert done.returncode == 2 and "0 of 75" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_run_with_a_teacher_resumes_to_the_same_weights_and_learns_from_it(straight, tmp_path):
+    train(*TINY, "--teacher", "tiny", "--out", tmp_path / "straight")
+    back_to_step_3(tmp_path / "straight", tmp_path / "run")
+    train("--resume", "--out", tmp_path / "run")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+    assert not same(weights(tmp_path / "straight"), weights(straight / "one"))
+
+
+def test_a_teacher_must_read_the_same_tokens(checkpoint, tokenizer):
+    model = random_model(vocab_size=tokenizer.size)
+    teacher = T.load_teacher(checkpoint, model, tokenizer, 64)
+    assert torch.equal(teacher.output.weight, model.output.weight) and not any(p.requires_grad for p in teacher.parameters())
+    for other in ((model, tokenizer, 65), (model, SimpleNamespace(model_bytes=b"x"), 64), (random_model(), tokenizer, 64)):
+        with pytest.raises(InputError, match="take one tuned from"):
+            T.load_teacher(checkpoint, *other)
 
 
 def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
@@ -503,7 +521,7 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", str(straight / "one"), str(run)], check=True)
     saved, log = json.loads((run / "latest/trainer.json").read_text()), (run / "log.jsonl").read_text()
-    del saved["args"]["logged"], saved["args"]["soft"]                # as an older one's: it was not soft
+    del saved["args"]["logged"], saved["args"]["teacher"]             # as an older one's: it had none
     (run / "latest/trainer.json").write_text(json.dumps(saved))
     train("--resume", "--out", run)
     assert (run / "log.jsonl").read_text().startswith(log) and log.count("losses") == 6
@@ -511,7 +529,7 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
 
 def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
     run = straight / "one"
-    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--soft"], "has False"), ([], "--resume")):
+    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--teacher", "tiny"], "has None"), ([], "--resume")):
         done = train(*args, "--out", run, check=False)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 

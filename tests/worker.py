@@ -26,11 +26,12 @@ def steps(dtype, micro, n, rank=0, world=1):
     """n of train.py's steps. Returns the second one's losses and (clipped) gradients, then the weights."""
     torch.manual_seed(0)
     model = random_model(dtype=dtype).train()
-    args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], copying=0.5, soft=dtype == torch.float64, micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
+    args = SimpleNamespace(exits=EXITS, weights=[1.0, 0.5, 2.0], copying=0.5, micro_batch_size=micro, weight_decay=0.1, lr=1e-3,
                            warmup=0.1, steps=n, batch_size=8, seed=1, clip=1.0)
     for p in model.parameters() if rank else ():         # rank 0's weights count
         p.data.add_(1)
     ddp, data, places = T.distribute(model, EXITS, world), rows(), {}
+    teacher = random_model(1, dtype).requires_grad_(False) if dtype == torch.float64 else None
     optimizer = T.optimizer_for(model, args, world)
 
     def remember(*_):                                    # where each gradient lies, at every micro-batch but a step's first
@@ -51,7 +52,7 @@ def steps(dtype, micro, n, rank=0, world=1):
 
     optimizer.register_step_post_hook(look)
     for step in range(n):
-        losses.append(T.update(ddp, optimizer, data, plan[step], step, args, rank, world)[0])
+        losses.append(T.update(ddp, optimizer, data, plan[step], step, args, rank, world, teacher)[0])
     return dict(losses=losses[1], grads=grads[1], weights=model.state_dict(), places=max(len(x) for x in places.values()),
                 size=sizes[-1], owned=list(T.optimizer_state(model, optimizer)))
 
