@@ -250,7 +250,7 @@ class Transformer(nn.Module):
         states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
         knows = list(teacher.states(tokens))[-1].flatten(0, 1) if teacher else None
         for i in (targets != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
-            target = targets[i] if teacher is None else teacher.logits(knows[i]).softmax(-1)
+            target = teacher.logits(knows[i]).softmax(-1) if teacher else targets[i]
             total = total + torch.stack([loss(h.index_select(0, i), target) for h in states])
         return total
 

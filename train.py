@@ -261,7 +261,7 @@ def load_teacher(folder, model, tokenizer, max_len):
     teacher = load_meta(folder, model.output.weight.dtype, model.output.weight.device).requires_grad_(False)
     if (Tokenizer.load(find_checkpoint(folder)).model_bytes != tokenizer.model_bytes or
             teacher.args.vocab_size != model.args.vocab_size or teacher.args.max_seq_len < max_len):
-        raise InputError(f"--teacher {folder}: not --ckpt's tokens and context; take one tuned from --ckpt")
+        raise InputError(f"--teacher {folder}: expected the model's own tokens, and {max_len} of them at once")
     return teacher
 
 def main():
@@ -288,9 +288,9 @@ def main():
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
-    crc = zlib.crc32(repr((rows, val)).encode())
+    crc = zlib.crc32(repr((rows, val, *([teacher.norm.weight.tolist()] if teacher else ()))).encode())
     if args.resume and crc != args.crc:
-        raise InputError(f"--data: not the examples that the run in {args.out} began with; restore them")
+        raise InputError(f"--data, --teacher: not what the run in {args.out} began with; restore it")
     args.crc, said = crc, Counter(i for ids, n_prompt in rows for i in ids[n_prompt:])
     args.shortlist = [i for i, _ in said.most_common(SHORTLIST)]
     try:

@@ -47,9 +47,9 @@ def plan(shape, args, world):
     block, n, state = kept(model.layers[0], h, left=left), sum(dealt), 12 if c < 4 else 8
     blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
-    taught = args.teacher is not None
+    taught = bool(args.teacher)
     with torch.device("meta"):
-        teacher = sum(p.numel() for p in Transformer(read_args(find_checkpoint(args.teacher))).parameters()) if taught else 0
+        teacher = sum(p.numel() for p in Transformer(replace(read_args(find_checkpoint(args.teacher)), vocab_size=shape.vocab_size)).parameters()) if taught else 0
     parts = dict(
         weights=((n + teacher) * c, f"{n:,}, {c} bytes each{f'; the teacher has {teacher:,} more' if taught else ''}"),
         gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),

@@ -98,7 +98,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--ckpt CKPT --data DIR/koala.jsonl --max-len 40 --val 1 --out DIR/new", ["output"]),
     ("train", "--epochs 2 --out DIR/new", ["--epochs", "--data", "--steps"]),
     ("train", "--data DATA --steps 5 --epochs 2 --out DIR/new", ["--steps 5", "--epochs 2", "one of them"]),
-    ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "context", "--ckpt"]),
+    ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "65 of them at once"]),
     ("train", "--teacher DIR/nowhere --out DIR/new", ["nowhere", "no such folder"]),
     ("train", "--limit 5 --out DIR/new", ["--limit", "--data", "--steps"]),
     ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]),

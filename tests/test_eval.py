@@ -273,20 +273,25 @@ def test_copying_is_what_generation_lacks_beyond_wrong_exits():
 
 
 def test_without_copying_is_counted_in_layers_on_the_other_half():
-    chosen, rest = told(0, 400), told(1, 300)
+    halves = told(0, 400), told(1, 300)
     in_layers = lambda d: SimpleNamespace(sure=d.sure, wrong=d.wrong, ask=0 * d.ask, cost=[2, 4, 6])  # noqa: E731
     steps = [*np.arange(0.305, 1, 0.01), 1]
-    first = [next((n for n, bad in zip((2, 4), row) if not bad), 6) for row in rest.wrong]
-    found = C.without_copying(chosen, rest, [2, 4], 6)
-    assert [x["aim"] for x in found] == [0.99, 0.98, 0.95] and found[0]["saved"] < found[1]["saved"] < found[2]["saved"]
+    first = [next((n for n, bad in zip((2, 4), row) if not bad), 6) for d in halves for row in d.wrong]
+    found = C.without_copying(halves, [2, 4], 6)
+    assert [x["aim"] for x in found] == [0.995, 0.99, 0.98, 0.95]
+    assert all(a["saved"] < b["saved"] and a["agreement"] > b["agreement"] for a, b in zip(found, found[1:]))
+    pairs = [[naive((a, b), in_layers(d)) for a in steps for b in steps] for d in halves]
     for x in found:
-        t, allowed = [*x["thresholds"].values()], 400 * (1 - x["aim"]) + 1e-9
-        fewest = min(n for n, wrong in (naive((a, b), in_layers(chosen)) for a in steps for b in steps) if wrong <= allowed)
-        layers, wrong = naive(t, in_layers(chosen))
-        assert wrong <= allowed and layers <= 1.1 * fewest          # of all pairs of thresholds, whichever way they are found
-        layers, wrong = naive(t, in_layers(rest))
-        assert x["saved"] == pytest.approx(1 - layers / 1800) and x["agreement"] == pytest.approx(1 - wrong / 300)
-        assert x["oracle"] == pytest.approx(1 - sum(first) / 1800)
+        layers = wrong = 0
+        for t, every, chosen, rest in zip(x["thresholds"], pairs, halves, halves[::-1]):
+            allowed = len(chosen.ask) * (1 - x["aim"]) + 1e-9
+            fewest = min(n for n, wrong in every if wrong <= allowed)
+            a, b = naive([*t.values()], in_layers(chosen))
+            assert b <= allowed and a <= 1.1 * fewest               # of all pairs of thresholds, whichever way they are found
+            a, b = naive([*t.values()], in_layers(rest))
+            layers, wrong = layers + a, wrong + b
+        assert x["saved"] == pytest.approx(1 - layers / 4200) and x["agreement"] == pytest.approx(1 - wrong / 700)
+        assert x["oracle"] == pytest.approx(1 - sum(first) / 4200) and x["tokens"] == 700
 
 
 def test_calibration_counts_what_copying_costs_later_tokens(tiny, monkeypatch):

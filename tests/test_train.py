@@ -269,7 +269,7 @@ def test_the_plan_counts_what_copies_take():
 def test_the_plan_counts_a_teacher(tmp_path):
     """Its weights, and one fp32 row of probabilities a token, which the forward pass leaves for the backward pass."""
     model, tokens, sizes, plans, teacher = random_model(), torch.randint(96, (2, 29)), [], [], random_model(n_layers=2).requires_grad_(False)
-    (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in vars(teacher.args).items() if v is not None}))
+    (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in vars(teacher.args).items() if v is not None} | dict(vocab_size=-1)))
     for taught in (False, True):
         args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, copying=0.0,
                                      teacher=str(tmp_path) if taught else None, activation_checkpointing=False), {}
@@ -388,11 +388,19 @@ def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_p
 
 
 def test_a_run_with_a_teacher_resumes_to_the_same_weights_and_learns_from_it(straight, tmp_path):
-    train(*TINY, "--teacher", "tiny", "--out", tmp_path / "straight")
+    teacher = tmp_path / "teacher"
+    subprocess.run(["cp", "-r", str(ROOT / "tiny"), str(teacher)], check=True)
+    train(*TINY, "--teacher", teacher, "--out", tmp_path / "straight")
     back_to_step_3(tmp_path / "straight", tmp_path / "run")
     train("--resume", "--out", tmp_path / "run")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "straight"))
     assert not same(weights(tmp_path / "straight"), weights(straight / "one"))
+    back_to_step_3(tmp_path / "straight", tmp_path / "changed")
+    path = teacher / "consolidated.00.pth"
+    other = torch.load(path) | {"norm.weight": torch.full((96,), 2.0)}
+    torch.save(other, path)
+    done = train("--resume", "--out", tmp_path / "changed", check=False)
+    assert done.returncode == 2 and "--teacher: not what" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_teacher_must_read_the_same_tokens(checkpoint, tokenizer):
@@ -400,7 +408,7 @@ def test_a_teacher_must_read_the_same_tokens(checkpoint, tokenizer):
     teacher = T.load_teacher(checkpoint, model, tokenizer, 64)
     assert torch.equal(teacher.output.weight, model.output.weight) and not any(p.requires_grad for p in teacher.parameters())
     for other in ((model, tokenizer, 65), (model, SimpleNamespace(model_bytes=b"x"), 64), (random_model(), tokenizer, 64)):
-        with pytest.raises(InputError, match="take one tuned from"):
+        with pytest.raises(InputError, match="expected the model's own tokens"):
             T.load_teacher(checkpoint, *other)
 
 
@@ -700,4 +708,4 @@ def test_a_resumed_run_refuses_other_data(tmp_path):
     train("--resume", "--micro-batch-size", 2, *args)    # the layout may change, and the same flags are no others
     (tmp_path / "d.json").write_text(json.dumps(rows[:8]))
     done = train("--resume", "--out", tmp_path / "run", check=False)
-    assert done.returncode == 2 and "not the examples" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "--data, --teacher: not what" in done.stderr and done.stderr.count("\n") == 1
