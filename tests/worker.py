@@ -52,7 +52,7 @@ def steps(dtype, micro, n, rank=0, world=1):
 
     optimizer.register_step_post_hook(look)
     for step in range(n):
-        losses.append(T.update(ddp, optimizer, data, plan[step], step, args, rank, world, teacher)[0])
+        losses.append(T.update(ddp, optimizer, data, plan[step], step, args, rank, world, teacher if step % 2 else None)[0])
     return dict(losses=losses[1], grads=grads[1], weights=model.state_dict(), places=max(len(x) for x in places.values()),
                 size=sizes[-1], owned=list(T.optimizer_state(model, optimizer)))
 
