@@ -261,7 +261,7 @@ def load_teacher(folder, model, tokenizer, max_len):
     teacher = load_meta(folder, model.output.weight.dtype, model.output.weight.device).requires_grad_(False)
     if (Tokenizer.load(find_checkpoint(folder)).model_bytes != tokenizer.model_bytes or
             teacher.args.vocab_size != model.args.vocab_size or teacher.args.max_seq_len < max_len):
-        raise InputError(f"--teacher {folder}: expected the model's own tokens, and {max_len} of them at once")
+        raise InputError(f"--teacher {folder}: expected the model's own tokens, {max_len} of them at once")
     return teacher
 
 def main():

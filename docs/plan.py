@@ -48,8 +48,11 @@ def plan(shape, args, world):
     blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
     taught = bool(args.teacher)
-    with torch.device("meta"):
-        teacher = sum(p.numel() for p in Transformer(replace(read_args(find_checkpoint(args.teacher)), vocab_size=shape.vocab_size)).parameters()) if taught else 0
+    teacher = 0
+    if taught:
+        known = replace(read_args(find_checkpoint(args.teacher)), vocab_size=shape.vocab_size)
+        with torch.device("meta"):
+            teacher = sum(p.numel() for p in Transformer(known).parameters())
     parts = dict(
         weights=((n + teacher) * c, f"{n:,}, {c} bytes each{f'; the teacher has {teacher:,} more' if taught else ''}"),
         gradients=(n * c, "as many: once, in the buckets that are summed over the ranks"),
