@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import number, run  # noqa: E402
 from docs.report import rate, table  # noqa: E402
-from eval import flags, measure, prepare  # noqa: E402
+from eval import flags, judge, measure, prepare  # noqa: E402
 from model import InputError  # noqa: E402
 
 MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
@@ -75,11 +75,13 @@ def copying(d, t, total, before=0.0):
     return max(0, n * (d.own - wrongly(t, d)) - total["agreed"]) / skipped if skipped else before
 
 
-def said(model, prompts, exits, how, what):
-    """What every exit would have said of the N tokens of full depth's answers: sure, wrong (N, X), and in weights
-    ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit read, and all of them and the head;
-    own, full depth's agreement with itself."""
-    told = [measure(model, p, model.args.n_layers, {}, how, exits) for p in tqdm(prompts, what, disable=None)]
+def said(model, prompts, exits, how, what, given=None):
+    """What every exit would have said of the N tokens of full depth's answers, or of the answers given (lists of ids):
+    sure, wrong (N, X), and in weights ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit
+    read, and all of them and the head; own, full depth's agreement with the answers."""
+    told = [measure(model, p, model.args.n_layers, {}, how, exits) if given is None else
+            judge(model, SimpleNamespace(prompt=p, tokens=given[i]), how["frequent"], exits)
+            for i, p in enumerate(tqdm(prompts, what, disable=None))]
     if not any(a.agrees for a in told) or not exits:
         raise InputError(f"found {len(prompts)} prompts, {sum(len(a.tokens) for a in told)} tokens, "
                          f"{len(exits)} exits in a half; expected, in each, a prompt, an answer of two tokens, an exit")
@@ -157,17 +159,27 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
     return tries
 
 
-def write_thresholds(path, lite, exits, tries, how):
+def on_references(model, tokenizer, work, exits, how):
+    """What exits would save were K and V exact (`without_copying`), on the reference answers of [(set, example,
+    prompt)], up to how["max_new_tokens"] tokens of each; [] if one has none.  Thresholds are those for references, too."""
+    if any(e["output"] is None for _, e, _ in work):
+        return []
+    given = [tokenizer.encode(e["output"], eos=True)[:how["max_new_tokens"]] for _, e, _ in work]
+    halves = [said(model, [prompt for *_, prompt in work[i::2]], exits, how, "references", given[i::2]) for i in range(2)]
+    return without_copying(halves, exits, model.args.n_layers)
+
+
+def write_thresholds(path, lite, exits, tries, how, references=()):
     """Tell what calibration tried, and put the last thresholds that it certified, the cheapest, into lite.json."""
     columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
     row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
         f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
-    table(f"both halves, {tries[0]['exact'][0]['tokens']} tokens, were K and V exact", [
-        "agreement", "layers saved", "the oracle's", "share of it"], {
-        f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
-        for x in tries[0]["exact"]})
+    for rows, of in ((tries[0]["exact"], ""), *([(references, " of reference answers")] if references else ())):
+        table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
+            f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
+            for x in rows})
     print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
@@ -186,9 +198,10 @@ def main():
     args = parser.parse_args()
     if not args.ckpt or "RANK" in os.environ:
         raise InputError("thresholds are written into the lite.json of --ckpt: name it; and one process does it, without torchrun")
-    model, _, lite, exits, work, how = prepare(args)
+    model, tokenizer, lite, exits, work, how = prepare(args)
+    references = on_references(model, tokenizer, work, exits, how)
     tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.count == "layers")
-    write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how)
+    write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how, references)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_the_readme_shows_no_flag_that_no_script_defines():
     assert len(shown) > 40 and shown - defined - theirs == set()
 
 
-@pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs/plan", "docs/calibrate", "docs/report"])
+@pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs/plan", "docs/calibrate", "docs/report", "docs/answers"])
 def test_help_explains_every_flag(script):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "python" in done.stdout

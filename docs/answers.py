@@ -1,0 +1,80 @@
+"""The same instructions, answered by a model of your own: fresh text for a pupil to see (train.py --teacher).
+
+    python docs/answers.py alpaca_train.json --ckpt smolplain --out answers.json
+
+Writes a file of the same examples in the same order, so train.py --val holds out the same ones.  Prompts of one
+length go through the model together, at full depth.
+"""
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import Parser, Tokenizer, number, pick_device, prompt_text, read_examples, run  # noqa: E402
+from model import InputError, find_checkpoint, load_meta  # noqa: E402
+
+
+def draw(logits, rng):
+    """An id for each row of logits (B, V), drawn from its softmax: (B, 1).  (multinomial draws B V numbers, this B.)"""
+    total = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(total, total[:, -1:] * torch.rand(len(total), 1, generator=rng, device=total.device))
+
+
+@torch.inference_mode()
+def answer(model, prompts, room, temperature, eos, rng=None):
+    """Continue B prompts (lists of ids, all of one length) by up to room tokens each, eos included: [ids].
+    Temperature 0 takes the likeliest.  A row that has ended runs on until half of them have; then they go."""
+    tokens = torch.tensor(prompts, device=model.output.weight.device)
+    pos, cache, rows, said = 0, model.new_cache(len(prompts), len(prompts[0]) + room), list(range(len(prompts))), [[] for _ in prompts]
+    while True:
+        *_, h = model.states(tokens, pos=pos, cache=cache)
+        logits, pos = model.logits(h[:, -1]), pos + tokens.size(1)
+        tokens = draw(logits / temperature, rng) if temperature else logits.argmax(-1, True)
+        for row, token in zip(rows, tokens[:, 0].tolist()):
+            if eos not in said[row][-1:]:
+                said[row].append(token)
+        going = [i for i, row in enumerate(rows) if said[row][-1] != eos and len(said[row]) < room]
+        if not going:
+            return said
+        if 2 * len(going) <= len(rows):
+            tokens, cache, rows = tokens[going], cache[:, :, going], [rows[i] for i in going]
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add("data", metavar="FILE", help="examples to answer, of which nothing but the output changes")
+    parser.add("--ckpt", required=True, help="the model that answers")
+    parser.add("--out", "answers.json", metavar="FILE", help="file to write")
+    parser.add("--temperature", 0.8, type=number(float, 0), metavar="X", help="of softmax; 0: the likeliest token")
+    parser.add("--batch-size", 64, type=number(int, 1), metavar="N", help="prompts answered together, at most")
+    for flag, default in {"--limit": None, "--max-new-tokens": 128, "--seed": 0, "--dtype": "bfloat16", "--device": None}.items():
+        parser.add(flag, default)
+    args = parser.parse_args()
+    examples, folder, device = read_examples(args.data, args.limit), find_checkpoint(args.ckpt), pick_device(args.device)
+    if Path(args.out).exists():
+        raise InputError(f"--out {args.out} is there already; choose another name")
+    model = load_meta(folder, getattr(torch, args.dtype), device)
+    tokenizer, alike = Tokenizer.load(folder, model.args.vocab_size), defaultdict(list)
+    for i, e in enumerate(examples):
+        alike[len(ids := tokenizer.encode(prompt_text(e), bos=True))].append((i, ids))
+    context = model.args.max_seq_len
+    rng = torch.Generator(device).manual_seed(args.seed)
+    with tqdm(total=len(examples), unit="answer", disable=None) as bar:
+        for n, rows in sorted(alike.items()):
+            for cut in (rows[k:k + args.batch_size] for k in range(0, len(rows), args.batch_size)):
+                told = answer(model, [ids for _, ids in cut], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng) if n < context else []
+                for (i, ids), tokens in zip(cut, told):
+                    examples[i]["output"] = tokenizer.decode(tokens, ids).strip()
+                bar.update(len(cut))
+    part = Path(args.out).with_suffix(".tmp")
+    part.write_text(json.dumps([{key: e[key] for key in ("instruction", "input", "output")} for e in examples], indent=1) + "\n")
+    part.replace(args.out)
+
+
+if __name__ == "__main__":
+    run(main)

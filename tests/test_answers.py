@@ -1,0 +1,60 @@
+"""docs/answers.py: many prompts at once, against one at a time; what it draws, against the softmax; its file, against its source."""
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import random_model
+from data import TINY_FOLDER, Tokenizer, embedded, prompt_text, read_examples
+from docs import answers as A
+from generate import generate
+from model import InputError, load_meta
+
+
+def test_prompts_answered_together_say_what_each_says_alone():
+    """float64, so that no near-tie falls the other way.  Some rows end early, and leave."""
+    model = random_model(dtype=torch.float64)
+    prompts = [[1, 5 + i, 40, 3 * i % 96, 7] for i in range(20)]
+    whole = [[t for t, _ in generate(model, p, 40)] for p in prompts]
+    eos = max(range(96), key=lambda token: sum(token in ids for ids in whole))
+    alone = [ids[:ids.index(eos) + 1] if eos in ids else ids for ids in whole]
+    assert A.answer(model, prompts, 40, 0, eos) == alone
+    lengths = sorted(len(ids) for ids in alone)
+    assert lengths[-1] == 40 and lengths[10] < 40                    # so half of the rows were dropped before the end
+    assert A.answer(model, prompts[:3], 1, 0, eos) == [ids[:1] for ids in alone[:3]]
+
+
+def test_draws_follow_the_softmax():
+    rng, logits = torch.Generator().manual_seed(0), torch.tensor([[0.0, 1.0, -30.0, 2.0], [3.0, -1.0, 0.5, 0.0]])
+    n = 40000
+    for row in logits:
+        ids = A.draw(row.expand(n, 4), rng)
+        assert ids.shape == (n, 1)
+        p = row.softmax(0)
+        assert ((ids[:, 0].bincount(minlength=4) / n - p).abs() < 4 * (p * (1 - p) / n).sqrt() + 1e-12).all()
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["answers.py", *map(str, args)])
+    A.main()
+
+
+def test_the_file_has_the_same_examples_with_other_outputs(tmp_path, monkeypatch):
+    examples, out = embedded(40, split="test"), tmp_path / "answers.json"
+    (tmp_path / "x.json").write_text(json.dumps([e | dict(output="?") for e in examples]))
+    flags = (tmp_path / "x.json", "--ckpt", TINY_FOLDER, "--dtype", "float32", "--out", out)
+    call(monkeypatch, *flags, "--temperature", 0, "--max-new-tokens", 40, "--batch-size", 3)
+    written, model, tokenizer = read_examples(out), load_meta(TINY_FOLDER, torch.float32), Tokenizer.load(TINY_FOLDER)
+    assert [(e["instruction"], e["input"]) for e in written] == [(e["instruction"], e["input"]) for e in examples]
+    for e in written[:10]:
+        ids = tokenizer.encode(prompt_text(e), bos=True)
+        assert e["output"] == tokenizer.decode([t for t, _ in generate(model, ids, 40, eos=tokenizer.eos)], ids).strip()
+    assert sum(a["output"] == b["output"] for a, b in zip(written, examples)) > 25           # it can answer
+    with pytest.raises(InputError, match="there already"):
+        call(monkeypatch, *flags)
+    assert read_examples(out) == written and [p.name for p in tmp_path.glob("*.tmp")] == []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call(monkeypatch, flags[0], "--ckpt", TINY_FOLDER, "--temperature", 2, "--seed", seed, "--out", tmp_path / name)
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c
