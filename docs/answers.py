@@ -1,9 +1,11 @@
-"""The same instructions, answered by a model of your own: fresh text for a pupil to see (train.py --teacher).
+"""The same instructions, answered anew by a model: fresh text for its pupil to see (train.py --teacher).
 
     python docs/answers.py alpaca_train.json --ckpt smolplain --out answers.json
 
-Writes a file of the same examples in the same order, so train.py --val holds out the same ones.  Prompts of one
-length go through the model together, at full depth.
+The file has the same examples in the same order.  Take it in place of the first, not beside it: train.py then holds
+out the same instructions (its validation losses are those of the new answers).  It is for --teacher, which looks at
+text and not at labels: answers end at --max-new-tokens in the middle of a sentence, and as labels would teach just that.
+Prompts of one length go through the model together, at full depth.
 """
 import json
 import sys
@@ -47,33 +49,37 @@ def answer(model, prompts, room, temperature, eos, rng=None):
 
 def main():
     parser = Parser(__doc__)
-    parser.add("data", metavar="FILE", help="examples to answer, of which nothing but the output changes")
+    parser.add("data", metavar="FILE", help="examples to answer")
     parser.add("--ckpt", required=True, help="the model that answers")
     parser.add("--out", "answers.json", metavar="FILE", help="file to write")
     parser.add("--temperature", 0.8, type=number(float, 0), metavar="X", help="of softmax; 0: the likeliest token")
     parser.add("--batch-size", 64, type=number(int, 1), metavar="N", help="prompts answered together, at most")
-    for flag, default in {"--limit": None, "--max-new-tokens": 128, "--seed": 0, "--dtype": "bfloat16", "--device": None}.items():
+    parser.add("--dtype", "bfloat16", help="of weights")
+    for flag, default in {"--limit": None, "--max-new-tokens": 128, "--seed": 0, "--device": None}.items():
         parser.add(flag, default)
     args = parser.parse_args()
-    examples, folder, device = read_examples(args.data, args.limit), find_checkpoint(args.ckpt), pick_device(args.device)
-    if Path(args.out).exists():
-        raise InputError(f"--out {args.out} is there already; choose another name")
-    model = load_meta(folder, getattr(torch, args.dtype), device)
+    examples, folder, device, out = read_examples(args.data, args.limit), find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
+    if out.exists() or out.suffix not in (".json", ".jsonl"):
+        raise InputError(f"--out {out}: expected a name in .json that is not taken")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = load_meta(folder, getattr(torch, args.dtype), device)        # not fused for decoding, where rows are few
     tokenizer, alike = Tokenizer.load(folder, model.args.vocab_size), defaultdict(list)
     for i, e in enumerate(examples):
         alike[len(ids := tokenizer.encode(prompt_text(e), bos=True))].append((i, ids))
-    context = model.args.max_seq_len
+    if (longest := max(alike)) >= (context := model.args.max_seq_len):
+        raise InputError(f"{args.data}: a prompt of {longest} tokens fills the context, {context}; take it out")
     rng = torch.Generator(device).manual_seed(args.seed)
     with tqdm(total=len(examples), unit="answer", disable=None) as bar:
         for n, rows in sorted(alike.items()):
-            for cut in (rows[k:k + args.batch_size] for k in range(0, len(rows), args.batch_size)):
-                told = answer(model, [ids for _, ids in cut], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng) if n < context else []
-                for (i, ids), tokens in zip(cut, told):
+            room = min(args.max_new_tokens, context - n)
+            for batch in (rows[k:k + args.batch_size] for k in range(0, len(rows), args.batch_size)):
+                told = answer(model, [ids for _, ids in batch], room, args.temperature, tokenizer.eos, rng)
+                for (i, ids), tokens in zip(batch, told):
                     examples[i]["output"] = tokenizer.decode(tokens, ids).strip()
-                bar.update(len(cut))
-    part = Path(args.out).with_suffix(".tmp")
-    part.write_text(json.dumps([{key: e[key] for key in ("instruction", "input", "output")} for e in examples], indent=1) + "\n")
-    part.replace(args.out)
+                bar.update(len(batch))
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(examples, indent=1) + "\n")
+    part.rename(out)
 
 
 if __name__ == "__main__":

@@ -160,23 +160,25 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
 
 
 def on_references(model, tokenizer, work, exits, how):
-    """What exits would save were K and V exact (`without_copying`), on the reference answers of [(set, example,
-    prompt)], up to how["max_new_tokens"] tokens of each; [] if one has none.  Thresholds are those for references, too."""
-    if any(e["output"] is None for _, e, _ in work):
+    """What exits would save were K and V exact (`without_copying`), on reference answers in place of the model's own,
+    as long at most: those of [(set, example, prompt)] that have one; [] if none has.  Its thresholds are chosen on references."""
+    work = [(name, e, p) for name, e, p in work if e["output"]]
+    if len(work) < 2:
         return []
-    given = [tokenizer.encode(e["output"], eos=True)[:how["max_new_tokens"]] for _, e, _ in work]
+    room = lambda p: min(how["max_new_tokens"], model.args.max_seq_len - len(p))  # noqa: E731
+    given = [tokenizer.encode(e["output"], eos=True)[:room(p)] for _, e, p in work]
     halves = [said(model, [prompt for *_, prompt in work[i::2]], exits, how, "references", given[i::2]) for i in range(2)]
     return without_copying(halves, exits, model.args.n_layers)
 
 
-def write_thresholds(path, lite, exits, tries, how, references=()):
+def write_thresholds(path, lite, exits, tries, how, references):
     """Tell what calibration tried, and put the last thresholds that it certified, the cheapest, into lite.json."""
     columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
     row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
         f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
-    for rows, of in ((tries[0]["exact"], ""), *([(references, " of reference answers")] if references else ())):
+    for rows, of in ((tries[0]["exact"], ""), (references, " of reference answers"))[:2 if references else 1]:
         table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
             f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
             for x in rows})

@@ -26,13 +26,10 @@ def test_prompts_answered_together_say_what_each_says_alone():
 
 
 def test_draws_follow_the_softmax():
-    rng, logits = torch.Generator().manual_seed(0), torch.tensor([[0.0, 1.0, -30.0, 2.0], [3.0, -1.0, 0.5, 0.0]])
-    n = 40000
-    for row in logits:
-        ids = A.draw(row.expand(n, 4), rng)
-        assert ids.shape == (n, 1)
-        p = row.softmax(0)
-        assert ((ids[:, 0].bincount(minlength=4) / n - p).abs() < 4 * (p * (1 - p) / n).sqrt() + 1e-12).all()
+    n, logits = 40000, torch.tensor([[0.0, 1.0, -30.0, 2.0], [3.0, -1.0, 0.5, 0.0]])
+    ids = A.draw(logits.repeat(n, 1), torch.Generator().manual_seed(0)).view(n, 2)
+    for drawn, p in zip(ids.T, logits.softmax(-1)):
+        assert ((drawn.bincount(minlength=4) / n - p).abs() < 4 * (p * (1 - p) / n).sqrt() + 1e-12).all()
 
 
 def call(monkeypatch, *args):
@@ -41,20 +38,27 @@ def call(monkeypatch, *args):
 
 
 def test_the_file_has_the_same_examples_with_other_outputs(tmp_path, monkeypatch):
-    examples, out = embedded(40, split="test"), tmp_path / "answers.json"
+    examples, out = embedded(40, split="test"), tmp_path / "new" / "answers.json"
     (tmp_path / "x.json").write_text(json.dumps([e | dict(output="?") for e in examples]))
     flags = (tmp_path / "x.json", "--ckpt", TINY_FOLDER, "--dtype", "float32", "--out", out)
     call(monkeypatch, *flags, "--temperature", 0, "--max-new-tokens", 40, "--batch-size", 3)
     written, model, tokenizer = read_examples(out), load_meta(TINY_FOLDER, torch.float32), Tokenizer.load(TINY_FOLDER)
-    assert [(e["instruction"], e["input"]) for e in written] == [(e["instruction"], e["input"]) for e in examples]
+    assert [e | dict(output="") for e in written] == [e | dict(output="") for e in examples]
     for e in written[:10]:
         ids = tokenizer.encode(prompt_text(e), bos=True)
         assert e["output"] == tokenizer.decode([t for t, _ in generate(model, ids, 40, eos=tokenizer.eos)], ids).strip()
     assert sum(a["output"] == b["output"] for a, b in zip(written, examples)) > 25           # it can answer
-    with pytest.raises(InputError, match="there already"):
-        call(monkeypatch, *flags)
-    assert read_examples(out) == written and [p.name for p in tmp_path.glob("*.tmp")] == []
+    for name in (out, tmp_path / "answers.json.gz"):
+        with pytest.raises(InputError, match="not taken"):
+            call(monkeypatch, *flags[:-1], name)
+    assert read_examples(out) == written and [p.name for p in out.parent.iterdir()] == ["answers.json"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        call(monkeypatch, flags[0], "--ckpt", TINY_FOLDER, "--temperature", 2, "--seed", seed, "--out", tmp_path / name)
-    a, b, c = ((tmp_path / name).read_text() for name in "abc")
-    assert a == b != c
+        call(monkeypatch, flags[0], "--ckpt", TINY_FOLDER, "--limit", 9, "--temperature", 2, "--seed", seed, "--out", tmp_path / f"{name}.json")
+    a, b, c = (read_examples(tmp_path / f"{name}.json") for name in "abc")
+    assert len(a) == 9 and a == b != c
+
+
+def test_a_prompt_without_room_for_an_answer_is_named_first(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text(json.dumps([dict(instruction="word " * 300, output="?")]))
+    with pytest.raises(InputError, match="fills the context, 256"):
+        call(monkeypatch, tmp_path / "x.json", "--ckpt", TINY_FOLDER, "--out", tmp_path / "y.json")

@@ -296,18 +296,24 @@ def test_without_copying_is_counted_in_layers_on_the_other_half():
 
 def test_references_that_are_the_model_s_own_answers_tell_what_these_told(tiny):
     model, tokenizer, lite = tiny
-    how = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"])
+    how = dict(max_new_tokens=6, eos=tokenizer.eos, frequent=lite["shortlist"])
     examples = [e | dict(output="?") for e in Q.embedded(60, split="test")]
     work = [("embedded", e, tokenizer.encode(D.prompt_text(e), bos=True)) for e in examples]
     odd = C.on_references(model, tokenizer, work, [2, 4, 6], how)                                # a wrong answer: other tokens
     for _, e, prompt in work:
         ids = E.answer(model, prompt, thresholds={}, **how).tokens
         e["output"] = tokenizer.decode(ids, prompt).strip()
-        assert tokenizer.encode(e["output"], eos=True)[:20] == ids
+        e["output"] += " and so on" * (ids[-1] != tokenizer.eos)      # more than is generated: cut
+        assert tokenizer.encode(e["output"], eos=True)[:6] == ids
     own = [C.said(model, [p for *_, p in work[i::2]], [2, 4, 6], how, "") for i in range(2)]
     assert C.on_references(model, tokenizer, work, [2, 4, 6], how) == C.without_copying(own, [2, 4, 6], 8) != odd
-    examples[7]["output"] = None
-    assert C.on_references(model, tokenizer, work, [2, 4, 6], how) == []
+    without = C.on_references(model, tokenizer, work[:7] + work[8:], [2, 4, 6], how)
+    for nothing in (None, ""):
+        examples[7]["output"] = nothing
+        assert C.on_references(model, tokenizer, work, [2, 4, 6], how) == without
+    assert C.on_references(model, tokenizer, work[7:8], [2, 4, 6], how) == []
+    long = [1] * (model.args.max_seq_len - 3)            # it has room for no more than three tokens
+    assert C.on_references(model, tokenizer, [("", examples[0], long)] * 2, [2, 4, 6], how)[0]["tokens"] == 4
 
 
 def test_calibration_counts_what_copying_costs_later_tokens(tiny, monkeypatch):
