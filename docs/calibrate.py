@@ -162,7 +162,8 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
 
 def on_references(model, tokenizer, work, exits, how):
     """What exits would save were K and V exact (`without_copying`), on reference answers in place of the model's own,
-    as long at most: those of [(set, example, prompt)] that have one; [] if none has.  Its thresholds are chosen on references."""
+    cut where these would end: of [(set, example, prompt)] those that have one; [] if fewer than two have.  Its thresholds
+    are chosen on references, and are not stored."""
     work = [(name, e, p) for name, e, p in work if e["output"]]
     if len(work) < 2:
         return []
@@ -179,10 +180,11 @@ def write_thresholds(path, lite, exits, tries, how, references):
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
         f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
-    for rows, of in ((tries[0]["exact"], ""), (references, " of reference answers"))[:2 if references else 1]:
-        table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
-            f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
-            for x in rows})
+    for rows, of in (tries[0]["exact"], ""), (references, " of reference answers"):
+        if rows:
+            table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
+                f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
+                for x in rows})
     print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "

@@ -382,7 +382,8 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     assert json.loads((folder / "lite.json").read_text()) == before
     capsys.readouterr()
     call(monkeypatch, C, " ".join(["0.95", "layers", "--ckpt", str(folder), "--limit", "240"]))
-    assert "aim 99.00" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "aim 99.00" in out and out.count("were K and V exact") == 2 and "tokens of reference answers" in out
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]
     assert found["bound"] >= 0.95 <= found["agreement"] and found["layers saved"] > 0.6 and found["prompts"] == 120
