@@ -3,8 +3,7 @@
     python data.py                 # fetch Alpaca and the four instruction test sets into data/
 
 An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family
-or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set, without
-download, lies in tiny/: questions whose answers need different amounts of computation.
+or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set is in tiny/.
 """
 import gzip, json, math, os, random, re, sys, urllib.request
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -59,9 +58,8 @@ class Tokenizer:
 
 def prompt_text(example):
     """Alpaca's prompt for an example: its template with an input, or the one without."""
-    if example["input"]:
-        return WITH_INPUT + example["instruction"] + INPUT + example["input"] + RESPONSE
-    return NO_INPUT + example["instruction"] + RESPONSE
+    asked, given = example["instruction"], example["input"]
+    return (WITH_INPUT + asked + INPUT + given if given else NO_INPUT + asked) + RESPONSE
 
 READERS = {  # the keys that tell a format: Alpaca, Vicuna, Koala, WizardLM, Self-Instruct -> its example
     "instruction output": lambda r: (r["instruction"], r.get("input") or "", r["output"], r.get("group", "")),
@@ -84,8 +82,7 @@ def read_examples(path, limit=None):
     try:
         for n, row in enumerate(json.loads(text) if whole else text.split("\n"), 1):
             if whole or row.strip():
-                row = row if whole else json.loads(row)
-                examples.append(read_row(row))
+                examples.append(read_row(row := row if whole else json.loads(row)))
     except ValueError as e:
         raise InputError(f"{path}, line {n + e.lineno - 1}: not JSON ({e.msg}); expected a list of objects, "
                          "or one object a line") from None
@@ -188,12 +185,12 @@ def number(kind, low, high=math.inf, many=False):
 FLAGS = {  # those that several scripts have
     "--ckpt": dict(metavar="DIR", help="Meta-format folder or train.py's output (default: out, else tiny)"),
     "--data": dict(metavar="FILE", nargs="+", help="Alpaca-format .json or .jsonl, or one of the test sets"),
-    "--limit": dict(type=number(int, 1), metavar="N", help="use N examples of each file, evenly spaced; of "
-                    "the embedded set the first"),
+    "--limit": dict(type=number(int, 1), metavar="N", help="N of each file, evenly spaced (embedded: first)"),
     "--exits": dict(metavar="N,N..", type=number(int, 1, many=True), help="blocks run at each exit (default: "
                     "the checkpoint's, else every 4th from 8; below 16 layers every 2nd)"),
     "--threshold": dict(metavar="X[,X..]", type=number(float, 0, 1, many=True), help="confidence above "
                         "which to leave, for all exits or one each; 1: never (default: lite.json's, else 1)"),
+    "--recompute": dict(action="store_true", help="no copies: skipped layers run, beside a later token"),
     "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, of "
                         "lite.json's, and the context's; 0: on all V (default: its check, else its list)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
@@ -215,8 +212,7 @@ class Parser(ArgumentParser):
             spec |= dict(default=default, help=f"{spec['help']} (default: {default})")
         self.add_argument(flag, **spec)
 
-    def error(self, message):
-        """What argparse calls on a bad flag."""
+    def error(self, message):                            # argparse calls it on a bad flag
         raise InputError(f"{message} (--help explains the flags)")
 
 def run(main):

@@ -7,8 +7,7 @@ Every prompt is answered greedily at full depth, with each --threshold and by th
 exact, uncached full-depth pass judges each answer.  *Agreement* is the share of generated tokens, after
 the first, that this pass puts first in their place, while generation ran on the K and V that early exit left.
 The *oracle* leaves full depth's answer at the earliest exit that would have chosen the last layer's token.
-Answers go to a .jsonl as they come: the same command again goes on where it stopped.  docs/report.py tells
-their figures by set and category, with intervals.
+Answers go to a .jsonl as they come; the same command goes on where it stopped.  docs/report.py tells more.
 """
 import copy, json, math, os, re, sys, zlib
 from collections import Counter
@@ -71,12 +70,12 @@ def judge(model, a, frequent=(), exits=()):
         a.right.append((few.ids[logits.argmax(-1)] == best[1:]).int().tolist())
     return a
 
-def costs(model, a, exits, asks, top):
+def costs(model, a, exits, asks, top, recompute=False):
     """What the tokens of an answer after the first cost, in layers, FLOPs and bytes of weights read, if they
     ran through exits (N,) layers and asks (N,) checks; the whole head follows layer top.
     w weights are 2 w FLOPs, attention to S positions 4 S H E a layer.  The K and V that a skipped layer owes
-    cost FLOPs (and so does a Q that nobody needs) if a later token visits it, but no bytes: they share that
-    token's product.  (Norms and other small things are left out, as in torch's FLOP counter.)"""
+    cost FLOPs (and so does a Q that nobody needs; recomputed, the whole layer) if a later token visits it,
+    but no bytes: they share its products.  (Norms and such are left out, as in torch's FLOP counter.)"""
     s, n = model.args, np.array(exits, dtype=int)
     qkv = s.dim * (s.dim + 2 * model.layers[0].attention.wk.out_features)
     S = len(a.prompt) + 1 + np.arange(len(n))            # with itself
@@ -85,7 +84,8 @@ def costs(model, a, exits, asks, top):
     later = np.zeros_like(n)                             # how deep the deepest token after each one went
     for i in reversed(range(len(n) - 1)):
         later[i] = max(n[i + 1], later[i + 1])
-    flops = 2 * weights + 2 * qkv * np.maximum(0, later - n) + 4 * S * s.dim * n
+    attention, owed = 4 * S * s.dim, np.maximum(0, later - n)
+    flops = 2 * weights + attention * n + (2 * layer + attention if recompute else 2 * qkv) * owed
     return dict(layers=int(n.sum()), FLOPs=int(flops.sum()),
                 bytes=int(weights.sum()) * model.output.weight.itemsize)
 
@@ -96,7 +96,7 @@ def measure(model, prompt, top, thresholds, how, exits=()):
     n, full = np.array(a.exits[1:]), [model.args.n_layers] * len(a.exits[1:])
     asks = sum(n >= exit for exit, t in thresholds.items() if t < 1)
     a.numbers = dict(prompts=1, steps=len(n), length=len(a.tokens), agreed=sum(a.agrees), loss=a.loss,
-                     seconds=a.decode, **costs(model, a, n, asks, top))
+                     seconds=a.decode, **costs(model, a, n, asks, top, how.get("recompute")))
     a.numbers |= {f"full_{key}": x for key, x in costs(model, a, full, 0, model.args.n_layers).items()}
     return a
 
@@ -159,7 +159,7 @@ def flags(doc):
     parser = Parser(doc)
     parser.add("--data", help="Alpaca-format files or test sets (default: 1000 examples of the embedded one)")
     parser.add("--max-new-tokens", 128)
-    for flag in ("--ckpt", "--limit", "--exits", "--shortlist", "--dtype", "--device"):
+    for flag in ("--ckpt", "--limit", "--exits", "--recompute", "--shortlist", "--dtype", "--device"):
         parser.add(flag)
     return parser
 
@@ -174,7 +174,8 @@ def prepare(args):
         raise InputError(f"all {len(sets)} prompts fill the context of {room} tokens; take shorter ones")
     if len(work) < len(sets) and os.environ.get("RANK", "0") == "0":
         print(f"{len(sets) - len(work)} prompts fill the context of {room} tokens: left out", file=sys.stderr)
-    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite))
+    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite),
+               recompute=args.recompute)
     return model, tokenizer, lite, exits, work, how
 
 def main():

@@ -4,11 +4,10 @@
     python generate.py --ckpt lite7b --threshold 0.95,0.95,0.9,0.9,0.8,0.7 "Name three uses of a brick."
     python generate.py --raw "The capital of France is" --threshold 1     # no template, full depth
 
-A prompt runs through all layers, and so does the choice of the first new token.  From then on, at each exit,
-the head that all layers share is asked for its most probable token.  If that probability exceeds the exit's
-threshold, the token is emitted and the layers above are skipped; what they would have left in the KV cache is
-made later, if anyone needs it, from the state the token left with.  `Decoder` has both ways to decode: LITE,
-and --verify, in which exits only draft and the output is full depth's.  Batch 1, always.
+A prompt runs through all layers, and so does the choice of the first new token.  Then, at each exit, the head
+that all layers share is asked for its most probable token.  If that probability exceeds the exit's threshold,
+the token is emitted and the layers above are skipped; the K and V missing there are made later, if needed,
+from the state it left with.  With --verify exits only draft: the output is full depth's.  Batch 1, always.
 """
 import json, math, os, sys, time
 from functools import partial
@@ -64,11 +63,11 @@ class Decoder:
     """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
 
     def __init__(self, model, prompt, room, thresholds, frequent=(), draft=4, temperature=0.0, top_p=1.0,
-                 rng=None, drafts=None):         # frequent: for the shortlist; draft: tokens a round, at most
+                 rng=None, drafts=None, recompute=False):    # draft: tokens a round, drafts: how many it was
         P, self.model, self.thresholds, self.longest, self.end = len(prompt), model, thresholds, draft, room
         self.distribution = lambda logits: distribution(logits, temperature, top_p)
         self.draw = lambda p: (torch.multinomial(p, 1, generator=rng) if temperature else p.argmax()).item()
-        self.drafts, self.rng = [] if drafts is None else drafts, rng          # drafts: how many, each round
+        self.drafts, self.rng, self.recompute = [] if drafts is None else drafts, rng, recompute
         self.cache = model.new_cache(1, room)                        # (L, 2, 1, K, S, E), made once
         self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position left with
         self.debt_from = [P] * len(model.layers)         # layer i holds K and V of the positions below this
@@ -80,12 +79,12 @@ class Decoder:
         *_, h = self.model.states(torch.tensor([prompt], device=self.left.device), cache=self.cache)
         return [(self.choose(h, None), len(self.model.layers))]
 
-    def climb(self, token, pos, thresholds, debt=lambda layer: None):
+    def climb(self, token, pos, thresholds, owing=False):
         """The token at pos up through the layers until an exit is sure: its state (1, 1, D), the layers run,
         the confidence there, and logits (V,); without a sure exit the last layer's state, L, 0 and None."""
         h = self.model.tok_embeddings(torch.tensor([[token]], device=self.left.device))
         for n, block in enumerate(self.model.layers, 1):
-            h = block(h, pos, self.cache[n - 1], debt(n - 1))
+            h = self.settle(n - 1, h, pos) if owing else block(h, pos, self.cache[n - 1])
             if n in thresholds:
                 logits = self.model.logits(h[0, 0], self.shortlist.rows)
                 sure = confidence(logits).item()         # here the device is waited for
@@ -97,24 +96,29 @@ class Decoder:
         """The next token, from an exit's logits or, if they are None, from the last layer's state h."""
         return self.draw(self.distribution(self.model.logits(h[0, -1]) if logits is None else logits))
 
-    def exit_early(self, token, pos):
-        """LITE: the token after the one at pos, from the first sure exit: [(token, layers run)].
-        Copying the state up is deferred.  A layer that tokens skipped owes K and V for debt_from..pos-1, and
-        makes them from those tokens' exit states when a token next comes by, in the same matrix product.  It
-        always owes the latest positions, so a number per layer is the account; unvisited, it never pays."""
-        def debt(layer):
-            owed, self.debt_from[layer] = self.debt_from[layer], pos + 1
-            return self.left[:, owed:pos] if owed < pos else None
+    def settle(self, layer, h, pos):
+        """h (1, 1, D) at pos through a layer.  The tokens that skipped it, at debt_from..pos-1, lack K and V
+        there: they get them now, from the states they left with, in one product with h's (unvisited, never).
+        recompute: instead they run on through the layer, beside h and as far as h, and so get exact ones."""
+        owed, self.debt_from[layer] = self.debt_from[layer], pos + 1
+        block, kv, debt = self.model.layers[layer], self.cache[layer], self.left[:, owed:pos]
+        if owed == pos or not self.recompute:
+            return block(h, pos, kv, debt if owed < pos else None)
+        rows = block(torch.cat((debt, h), 1), owed, kv)              # (1, pos+1-owed, D)
+        debt[:] = rows[:, :-1]
+        return rows[:, -1:]
 
-        h, n, _, logits = self.climb(token, pos, self.thresholds, debt)
+    def exit_early(self, token, pos):
+        """LITE: the token after the one at pos, from the first sure exit: [(token, layers run)]."""
+        h, n, _, logits = self.climb(token, pos, self.thresholds, owing=True)
         self.left[:, pos] = h[:, 0]
         return [(self.choose(h, logits), n)]
 
     def verify(self, token, pos):
         """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
         The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
-        one is unsure.  Then all rows go through the layers above n together.  (Had a row gone there alone, it
-        would have missed its predecessors' K and V.)  What is rejected lies beyond the new pos in the cache.
+        one is unsure.  Then all rows go through the layers above n together.  (One that went alone would miss
+        its predecessors' K and V there.)  What is rejected lies beyond the new pos in the cache.
         The rule for sampling: Leviathan et al., Chen et al. (2023); greedy is its special case."""
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
         rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
@@ -201,9 +205,9 @@ def load_for_decoding(args):
         raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
-def tint(text, depth, n_layers):
-    """Text for a terminal: from green for the first exits to red; plain where all layers ran."""
-    if depth == n_layers or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+def tint(text, depth, n_layers, out):
+    """Text for a terminal, out: from green for the first exits to red; plain where all layers ran."""
+    if depth == n_layers or not out.isatty() or "NO_COLOR" in os.environ:
         return text
     red, green = min(1, 2 * depth / n_layers), min(1, 2 - 2 * depth / n_layers)
     return f"\x1b[38;2;{int(red * 230)};{int(green * 200)};60m{text}\x1b[0m"
@@ -212,7 +216,7 @@ def stream(tokenizer, n_layers, a):
     """Print what the newest token adds to the text of an answer a, tinted by the depth it left at."""
     text, shown = (tokenizer.decode(ids, a.prompt).lstrip() for ids in (a.tokens, a.tokens[:-1]))
     if not text.endswith("\ufffd"):                      # half a character in byte pieces: wait for the rest
-        print(tint(text[len(shown.rstrip("\ufffd")):], a.exits[-1], n_layers), end="", flush=True)
+        print(tint(text[len(shown.rstrip("\ufffd")):], a.exits[-1], n_layers, sys.stdout), end="", flush=True)
 
 def summary(answers, n_layers):
     """One line on tokens, depth and time of some answers; for --verify on drafts instead of depth."""
@@ -233,9 +237,8 @@ def parse_args():
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
     parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="of softmax; 0: greedy")
     parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="draw from this share")
-    for flag in "--ckpt --data --limit --exits --threshold --shortlist --dtype --device".split():
-        parser.add(flag)
-    for flag, default in {"--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
+    rest = "--ckpt --data --limit --exits --threshold --recompute --shortlist --dtype --device".split()
+    for flag, default in {**dict.fromkeys(rest), "--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
         parser.add(flag, default)
     return parser.parse_args()
 
@@ -256,21 +259,22 @@ def main():
     if (longest := max(len(ids) for _, ids in prompts)) >= model.args.max_seq_len:
         raise InputError(f"prompt: {longest} tokens fill the context, {model.args.max_seq_len}; shorten it")
     rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
-    reply = partial(answer, model, max_new_tokens=args.max_new_tokens, thresholds=thresholds,
-                    eos=tokenizer.eos, frequent=frequent_tokens(args, lite), verify=args.verify,
-                    draft=args.draft, temperature=args.temperature, top_p=args.top_p, rng=rng)
+    reply = partial(answer, model, thresholds=thresholds, eos=tokenizer.eos, rng=rng,
+                    frequent=frequent_tokens(args, lite), **{key: vars(args)[key] for key in (
+                        "max_new_tokens", "verify", "recompute", "draft", "temperature", "top_p")})
     if args.json:
         for a in [reply(ids) for _, ids in prompts]:
             print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
                                   text=tokenizer.decode(a.tokens, a.prompt), seconds=a.prefill + a.decode)))
         return
-    legend = "  ".join(tint(f"{n} ({t:g})", n, L) for n, t in thresholds.items()) or "none, full depth"
-    print(f"exits (thresholds): {legend}", file=sys.stderr)
+    rule = "  ".join(tint(f"{n} ({t:g})", n, L, sys.stderr) for n, t in thresholds.items()) or "full depth"
+    print(f"exits (thresholds): {rule}", file=sys.stderr)
     here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()})
     as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    if as_measured and here.items() <= lite.get("calibration", {}).items():
+    told = {"recompute": False} | lite.get("calibration", {})
+    if as_measured and (here | dict(recompute=args.recompute)).items() <= told.items():
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
+              "{bound:.1%} with 95 % confidence".format_map(told), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

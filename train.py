@@ -10,7 +10,6 @@ The run goes to out/: log.jsonl, and complete Meta folders out/step-N/, the newe
 import json, math, os, random, re, shutil, signal, subprocess, sys, time, zlib
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -271,7 +270,7 @@ def main():
     device = pick_device(args.device)
     note = tqdm.write if rank == 0 else (lambda text: None)
     folder = find_checkpoint(args.out if args.resume else args.ckpt) if args.ckpt else None
-    shape = read_args(folder) if folder else replace(TINY, n_layers=args.layers)
+    shape = read_args(folder) if folder else ModelArgs(**vars(TINY) | dict(n_layers=args.layers))
     choose_exits(args, shape, folder)
     if device.type == "cuda" and folder and os.environ.get("LOCAL_RANK", "0") == "0":          # will it fit?
         card = torch.cuda.get_device_properties(device).total_memory / 2 ** 30

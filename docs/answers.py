@@ -59,7 +59,7 @@ def main():
         parser.add(flag, default)
     args = parser.parse_args()
     examples, folder, device, out = read_examples(args.data, args.limit), find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
-    if out.exists() or out.suffix not in (".json", ".jsonl"):
+    if out.exists() or out.suffix != ".json":
         raise InputError(f"--out {out}: expected a name in .json that is not taken")
     out.parent.mkdir(parents=True, exist_ok=True)
     model = load_meta(folder, getattr(torch, args.dtype), device)        # not fused for decoding, where rows are few

@@ -63,7 +63,7 @@ def wrongly(t, d):
 
 
 def cheapest(candidates, d, agreement):
-    """The candidate thresholds that read least while at least so many tokens are the last layer's."""
+    """The candidate thresholds that cost least while at least so many tokens are the last layer's."""
     good = [t for t in candidates if wrongly(t, d) <= 1 - agreement]
     return min(good, key=lambda t: beyond(-1, t, d).mean()) if good else np.ones(d.sure.shape[1])
 
@@ -93,7 +93,7 @@ def said(model, prompts, exits, how, what, given=None):
 
 
 def candidates(d, exits, single=False):
-    """Thresholds from cheap to safe: the best ones for 200 prices (single: 200 quantiles), and seven between two."""
+    """Thresholds to choose from, the cheap ones first: the best for 200 prices (single: 200 quantiles), and seven between two."""
     path = ([np.full(len(exits), t) for t in np.quantile(d.sure, np.linspace(0, 1, 200))] if single else
             [best_thresholds(d, price * d.cost[0] / exits[0]) for price in np.geomspace(0.1, 1e4, 200)])     # in layers
     return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)] + path[-1:]
@@ -136,8 +136,8 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
-    d, harm = alone, 0.0
-    for _ in range(2):                                   # what copying costs, and the thresholds that it leaves
+    d, harm, exact_kv = alone, 0.0, how.get("recompute", False)
+    for _ in range(0 if exact_kv else 2):                # what copying costs, and the thresholds that it leaves
         t = cheapest(candidates(d, exits, single), d, target)
         harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
         d = SimpleNamespace(**vars(alone) | dict(wrong=alone.wrong + harm * (L - np.array(exits))))
@@ -155,7 +155,7 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         tries.append(dict(
             aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
             certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=harm, exact=exact, prompts=len(told),
-            by_layers=by_layers, tokens=n, dtype=str(model.output.weight.dtype),
+            by_layers=by_layers, recompute=exact_kv, tokens=n, dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries
 
@@ -185,7 +185,8 @@ def write_thresholds(path, lite, exits, tries, how, references):
             table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
                 f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
                 for x in rows})
-    print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
+    if not tries[0]["recompute"]:
+        print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")

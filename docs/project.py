@@ -25,7 +25,7 @@ from train import SHORTLIST  # noqa: E402
 SHAPES = {"7B": ModelArgs(4096, 32, 32, vocab_size=32000), "13B": ModelArgs(5120, 40, 40, vocab_size=32000)}
 
 
-def project(shape, lines, setting, prompts, exits, L):
+def project(shape, lines, setting, prompts, exits, L, recompute=False):
     """{count: share saved} of a setting's answers, given by a model of L layers that asks at exits, in one of the given shape."""
     with torch.device("meta"):
         model = Transformer(shape).to(torch.bfloat16)
@@ -35,7 +35,7 @@ def project(shape, lines, setting, prompts, exits, L):
         n = np.rint(left / L * shape.n_layers).astype(int)
         a = SimpleNamespace(prompt=prompt, sizes=SHORTLIST + len(prompt) + np.arange(len(n)))
         asks = sum((left >= exit for exit in exits), 0 * n)
-        for key, x in costs(model, a, n, asks, shape.n_layers).items():
+        for key, x in costs(model, a, n, asks, shape.n_layers, recompute).items():
             total[key] = total.get(key, 0) + x
         for key, x in costs(model, a, [shape.n_layers] * len(n), 0, shape.n_layers).items():
             total[f"full {key}"] = total.get(f"full {key}", 0) + x
@@ -55,7 +55,7 @@ def main():
     rows = {}
     for setting in (name for name in rules if name.startswith(("threshold", "lite.json"))):
         for name, shape in SHAPES.items():
-            saved = project(shape, lines, setting, prompts, [int(exit) for exit, t in rules[setting][1].items() if t < 1], L)
+            saved = project(shape, lines, setting, prompts, [int(exit) for exit, t in rules[setting][1].items() if t < 1], L, header["settings"].get("recompute"))
             rows[f"{name}, {setting}"] = [f"{100 * x:.1f}" for x in saved.values()]
     table("projected, saved %", ("layers", "FLOPs", "bytes"), rows)
 

@@ -53,17 +53,6 @@ class Eager(Decoder):
         return M.pack(torch.cat((attention.wk.weight, attention.wv.weight)))
 
 
-class Exact(Decoder):
-    """No copying: the token leaves early, but its row runs through the layers above. What copied K and V cost in quality."""
-
-    def exit_early(self, token, pos):
-        h, n, _, logits = self.climb(token, pos, self.thresholds)
-        token = self.choose(h, logits)
-        for block, kv in zip(self.model.layers[n:], self.cache[n:]):
-            h = block(h, pos, kv)
-        return [(token, n)]
-
-
 class WholeHead(Decoder):
     """An exiting token pays the whole head after all: what the skipped layers alone are worth."""
 
@@ -148,7 +137,7 @@ def modes_of(args, model, lite):
                   "early exit, shortlist, eager": (dict(thresholds=rule, decoder=Eager), few),
                   "early exit, shortlist": (dict(thresholds=rule), few),
                   "early exit, shortlist, then whole head": (dict(thresholds=rule, decoder=WholeHead), few),
-                  "early exit, shortlist, exact K/V": (dict(thresholds=rule, decoder=Exact), few)}
+                  "early exit, shortlist, recompute": (dict(thresholds=rule, recompute=True), few)}
     for n in args.force:
         modes |= {f"always exit {n}, eager": (dict(thresholds={n: 0}, decoder=Eager), few),
                   f"always exit {n}": (dict(thresholds={n: 0}), few)}

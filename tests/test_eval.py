@@ -108,12 +108,13 @@ def test_flops_are_those_that_torch_counts():
     assert rows[1] - rows[0] == 3 * 2 * (D * D + kv) and rows[0] == 2 * (2 * D * D + kv + 3 * D * F) + 4 * 10 * D
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("few", [(), tuple(range(30))])
-def test_costs_are_what_a_whole_generation_runs_and_reads(few):
+def test_costs_are_what_a_whole_generation_runs_and_reads(few, recompute):
     """Thresholds, checks, debts paid and unpaid: torch's FLOP counter and the meter of bench.py against the formulas."""
     model, prompt = random_model(seed=3), [1, 40, 7]
-    thresholds = {2: 0.5, 4: 0.4}
-    steps = G.generate(model, prompt, 40, thresholds, frequent=few)
+    thresholds = {2: 0.45, 4: 0.4}
+    steps = G.generate(model, prompt, 40, thresholds, frequent=few, recompute=recompute)
     out, books = [next(steps)], SimpleNamespace(bytes=0)
     with bench.metered(books):
         flops = counted(lambda: out.extend(steps))
@@ -121,7 +122,7 @@ def test_costs_are_what_a_whole_generation_runs_and_reads(few):
     n = np.array([n for _, n in out][1:])
     assert {2, 4, 6} == set(n)
     E.judge(model, a, few)
-    cost = E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6)
+    cost = E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6, recompute)
     assert cost["bytes"] == books.bytes and cost["FLOPs"] == pytest.approx(flops, rel=0.01) and cost["layers"] == n.sum()
 
 
@@ -375,6 +376,20 @@ def test_calibration_by_layers_does_not_mind_what_a_check_reads(tiny, monkeypatc
     assert by_bytes["layers saved"] < 0.1 and by_layers["layers saved"] > 0.6 and by_layers["by_layers"]
 
 
+def test_calibration_for_recomputed_k_and_v_expects_no_copies(tiny):
+    """Generation then agrees as often as the exits alone do, but for rounding, whatever the thresholds."""
+    model, tokenizer, lite = tiny
+    prompts = [tokenizer.encode(D.prompt_text(e), bos=True) for e in Q.embedded(120, split="test")]
+    how = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"], recompute=True)
+    tries = C.calibrate(model, prompts, [2, 4, 6], how, 0.9, True)
+    assert {x["copying"] for x in tries} == {0} and all(x["recompute"] for x in tries) and len(tries) > 3
+    for x in tries:                                      # one text is full depth's, the other what the exits wrote
+        assert x["agreement"] == pytest.approx(x["exits_alone"], abs=0.02)
+    copied = C.calibrate(model, prompts, [2, 4, 6], {**how, "recompute": False}, 0.9, True)[0]
+    assert tries[0]["layers saved"] == pytest.approx(copied["layers saved"], abs=0.1)
+    assert 0.2 < tries[0]["FLOPs saved"] < copied["FLOPs saved"]     # rows that run on after all
+
+
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
     before = json.loads((folder / "lite.json").read_text())
@@ -392,7 +407,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
     said = capsys.readouterr().err
     assert "lite.json, for 95.0% agreement" in said and all(f"{n} ({t:g})" in said for n, t in lite["thresholds"].items())
-    for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5"):       # not what was certified
+    for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5", "--recompute"):        # not what was certified
         call(monkeypatch, G, f"--ckpt {folder} --limit 1 {other}")
         assert "95 % confidence" not in capsys.readouterr().err
     for shortlist in ("", " --shortlist 0"):             # eval.py judges them with the list they were chosen with alone

@@ -44,6 +44,34 @@ def test_deferred_copying_equals_the_eager_definition(model, rule):
     assert len(counts) > 1 and counts[6] > 3                          # tokens leave early, and skipped layers are revisited
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_recomputed_each_token_is_what_an_uncached_pass_of_all_layers_makes_it(model, rule):
+    """K and V are exact: the first exit of the uncached pass that is sure enough chooses, at its depth."""
+    tokens, exits = run(model, 50, rule, recompute=True)
+    assert (tokens, exits) != run(model, 50, rule)                    # copies would have made another text
+    with torch.no_grad():
+        for i in range(1, 50):
+            states = list(model.states(torch.tensor([PROMPT + tokens[:i]]), sorted(rule)))
+            said = [(n, model.logits(h[0, -1]).softmax(-1)) for n, h in zip([*sorted(rule), 6], states)]
+            depth, p = next((n, p) for n, p in said if n == 6 or p.max() > rule[n])
+            assert (tokens[i], exits[i]) == (p.argmax(), depth)
+    counts = collections.Counter(exits[1:])
+    assert len(counts) > 1 and counts[6] > 3                          # tokens leave early, and skipped layers are revisited
+
+
+def test_recomputing_equals_running_on_at_once(model):
+    class RunOn(G.Decoder):
+        def exit_early(self, token, pos):
+            h, n, _, logits = self.climb(token, pos, self.thresholds)
+            token = self.choose(h, logits)
+            for block, kv in zip(self.model.layers[n:], self.cache[n:]):
+                h = block(h, pos, kv)
+            return [(token, n)]
+
+    for rule in RULES:
+        assert run(model, 50, rule, recompute=True) == run(model, 50, rule, decoder=RunOn)
+
+
 def test_deferred_copying_equals_eager_in_fp32_too():
     small = random_model()
     for rule in RULES:
@@ -121,8 +149,10 @@ def test_a_layer_nobody_visits_again_is_never_paid(model, monkeypatch):
         original = block.attention.keep
         monkeypatch.setattr(block.attention, "keep",
                             lambda k, *rest, i=i, original=original: rows.update({i: k.size(1)}) or original(k, *rest))
-    run(model, 20, {2: 0.0})
-    assert dict(rows) == {0: 6 + 19, 1: 6 + 19, 2: 6, 3: 6, 4: 6, 5: 6}     # above exit 2: the prompt and nothing else
+    for recompute in (False, True):
+        rows.clear()
+        run(model, 20, {2: 0.0}, recompute=recompute)
+        assert dict(rows) == {0: 6 + 19, 1: 6 + 19, 2: 6, 3: 6, 4: 6, 5: 6}         # above exit 2: the prompt and nothing else
 
 
 def test_the_token_comes_from_the_exits_logits_and_eos_may_too(model):
@@ -403,11 +433,12 @@ def test_piped_text_is_plain_and_whole(checkpoint, monkeypatch, capsys):
     assert "layers on average" in out.err
 
 
-def test_tints_differ_by_exit_and_spare_full_depth(monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+def test_tints_differ_by_exit_and_spare_full_depth_and_files(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    tints = [G.tint("x", n, 8) for n in (2, 4, 6, 8)]
+    terminal, file = SimpleNamespace(isatty=lambda: True), SimpleNamespace(isatty=lambda: False)
+    tints = [G.tint("x", n, 8, terminal) for n in (2, 4, 6, 8)]
     assert len(set(tints)) == 4 and tints[3] == "x" and all("x" in t for t in tints)
+    assert G.tint("x", 2, 8, file) == "x"
 
 
 def test_the_stream_is_the_text_whatever_bytes_its_tokens_end_in(tokenizer, capsys):
