@@ -101,10 +101,9 @@ def measure(model, prompt, top, thresholds, how, exits=()):
     return a
 
 def compare(model, tokenizer, name, e, prompt, settings, exits, how):
-    """An example under every setting {name: (layers at most, thresholds)}, in turns, so that a change in the
-    machine's speed hits all alike: a line of the results."""
+    """An example under all settings, {name: (layers at most, thresholds)}: a line of the results."""
     runs, full, L = {}, None, model.args.n_layers
-    for setting, (top, thresholds) in settings.items():
+    for setting, (top, thresholds) in settings.items():  # in turns: a change of the machine's speed hits all
         a = measure(model, prompt, top, thresholds, how, exits if setting == FULL else ())
         full, text = full or a, tokenizer.decode(a.tokens, prompt).strip()           # full depth comes first
         exact = None if e["output"] is None else int(text == e["output"].strip())
@@ -112,8 +111,8 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
     columns = zip(*full.right or [full.agrees])          # of a token each; all of them empty without exits
     best = [next((n for n, ok in zip(exits, column) if ok), L) for column in columns]
-    asks = np.array(best, dtype=int) < L                 # the oracle knows where, and asks there alone
-    runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **costs(model, full, best, asks, L))
+    price = costs(model, full, best, np.array(best, dtype=int) < L, L, how.get("recompute"))  # one check each
+    runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **price)
     runs[FULL] |= dict(sure=full.sure, right=full.right)
     return dict(set=name, group=e["group"], prompt=prompt_text(e), output=e["output"], runs=runs)
 
@@ -188,7 +187,8 @@ def main():
     model, tokenizer, lite, exits, work, how = prepare(args)
     L = model.args.n_layers
     rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
-    if "thresholds" in lite and lite.get("check") in (None, len(how["frequent"])):
+    chosen_for = dict(check=len(how["frequent"]), recompute=args.recompute)
+    if "thresholds" in lite and all(lite.get(key, x) == x for key, x in chosen_for.items()):
         rules["lite.json"] = exit_rule(None, args.exits, lite, L)
     settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}

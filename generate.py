@@ -69,7 +69,7 @@ class Decoder:
         self.draw = lambda p: (torch.multinomial(p, 1, generator=rng) if temperature else p.argmax()).item()
         self.drafts, self.rng, self.recompute = [] if drafts is None else drafts, rng, recompute
         self.cache = model.new_cache(1, room)                        # (L, 2, 1, K, S, E), made once
-        self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position left with
+        self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position has reached
         self.debt_from = [P] * len(model.layers)         # layer i holds K and V of the positions below this
         self.shortlist = Shortlist(model, frequent if thresholds else (), room)
         self.shortlist.add(prompt)
@@ -101,9 +101,10 @@ class Decoder:
         there: they get them now, from the states they left with, in one product with h's (unvisited, never).
         recompute: instead they run on through the layer, beside h and as far as h, and so get exact ones."""
         owed, self.debt_from[layer] = self.debt_from[layer], pos + 1
-        block, kv, debt = self.model.layers[layer], self.cache[layer], self.left[:, owed:pos]
-        if owed == pos or not self.recompute:
-            return block(h, pos, kv, debt if owed < pos else None)
+        block, kv = self.model.layers[layer], self.cache[layer]
+        debt = self.left[:, owed:pos] if owed < pos else None
+        if debt is None or not self.recompute:
+            return block(h, pos, kv, debt)
         rows = block(torch.cat((debt, h), 1), owed, kv)              # (1, pos+1-owed, D)
         debt[:] = rows[:, :-1]
         return rows[:, -1:]
@@ -186,8 +187,7 @@ def exit_rule(threshold, exits, lite, n_layers):
     return dict(zip(exits, rule))
 
 def frequent_tokens(args, lite):
-    """lite.json's tokens for exit checks: the first --shortlist; else as many as its thresholds were chosen
-    with (check), if it says so; else all. An empty list means the whole head."""
+    """lite.json's tokens for checks: the first --shortlist, else `check`, else all; [] is the whole head."""
     return lite.get("shortlist", [])[:lite.get("check") if args.shortlist is None else args.shortlist]
 
 def load_for_decoding(args):
@@ -258,10 +258,10 @@ def main():
     prompts = [(title, tokenizer.encode(text, bos=True)) for title, text in texts]
     if (longest := max(len(ids) for _, ids in prompts)) >= model.args.max_seq_len:
         raise InputError(f"prompt: {longest} tokens fill the context, {model.args.max_seq_len}; shorten it")
-    rng = torch.Generator(model.output.weight.device).manual_seed(args.seed)
-    reply = partial(answer, model, thresholds=thresholds, eos=tokenizer.eos, rng=rng,
-                    frequent=frequent_tokens(args, lite), **{key: vars(args)[key] for key in (
-                        "max_new_tokens", "verify", "recompute", "draft", "temperature", "top_p")})
+    args.recompute = args.recompute or args.threshold is None and lite.get("recompute", False)
+    how = {key: vars(args)[key] for key in "max_new_tokens verify recompute draft temperature top_p".split()}
+    reply = partial(answer, model, thresholds=thresholds, eos=tokenizer.eos, **how, frequent=frequent_tokens(
+        args, lite), rng=torch.Generator(model.output.weight.device).manual_seed(args.seed))
     if args.json:
         for a in [reply(ids) for _, ids in prompts]:
             print(json.dumps(dict(prompt_tokens=a.prompt, tokens=a.tokens, exits=a.exits,
@@ -269,12 +269,12 @@ def main():
         return
     rule = "  ".join(tint(f"{n} ({t:g})", n, L, sys.stderr) for n, t in thresholds.items()) or "full depth"
     print(f"exits (thresholds): {rule}", file=sys.stderr)
-    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()})
+    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()},
+                recompute=args.recompute)
     as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    told = {"recompute": False} | lite.get("calibration", {})
-    if as_measured and (here | dict(recompute=args.recompute)).items() <= told.items():
+    if as_measured and here.items() <= lite.get("calibration", {}).items():
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(told), file=sys.stderr)
+              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

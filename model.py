@@ -285,8 +285,8 @@ def find_checkpoint(folder):
                      f"Meta's params.json, consolidated.NN.pth and tokenizer.model{hint}")
 
 def read_lite(folder):
-    """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, the number of the
-    shortlist's ids that these were chosen with (check), and their calibration; {} without a file."""
+    """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, and what these were
+    chosen for: check, of the shortlist's ids so many, recompute, and calibration; {} without a file."""
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds, ids = lite.get("exits", []), lite.get("thresholds", {}), lite.get("shortlist", [])

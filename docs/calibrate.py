@@ -178,7 +178,7 @@ def write_thresholds(path, lite, exits, tries, how, references):
     columns = ("agreement", "bound", "exits_alone", "layers saved", "FLOPs saved", "bytes saved")
     row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
-        "agreement", "at least", "but for copying", *columns[3:], "thresholds"], {
+        "agreement", "at least", "exits alone", *columns[3:], "thresholds"], {
         f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
     for rows, of in (tries[0]["exact"], ""), (references, " of reference answers"):
         if rows:
@@ -192,7 +192,7 @@ def write_thresholds(path, lite, exits, tries, how, references):
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps({"exits": exits, **lite, "thresholds": good[-1]["thresholds"],
-                                "check": len(how["frequent"]), "calibration": good[-1]}) + "\n")
+                                "check": len(how["frequent"]), "recompute": tries[0]["recompute"], "calibration": good[-1]}) + "\n")
     part.replace(path)
     print(f"thresholds written to {path}; generate.py without --threshold takes them")
 

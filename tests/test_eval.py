@@ -18,6 +18,7 @@ import data as D
 import eval as E
 import generate as G
 from docs import calibrate as C
+from docs import project as P
 from docs import report as R
 from conftest import ROOT, random_model
 from model import IGNORE, InputError, load_meta, read_lite, save_meta
@@ -376,18 +377,33 @@ def test_calibration_by_layers_does_not_mind_what_a_check_reads(tiny, monkeypatc
     assert by_bytes["layers saved"] < 0.1 and by_layers["layers saved"] > 0.6 and by_layers["by_layers"]
 
 
-def test_calibration_for_recomputed_k_and_v_expects_no_copies(tiny):
-    """Generation then agrees as often as the exits alone do, but for rounding, whatever the thresholds."""
+def test_calibration_for_recomputed_k_and_v_generates_so(tiny):
+    """Its figures are those of generating with recomputed K and V, which cost FLOPs, not those of generating with copies."""
     model, tokenizer, lite = tiny
     prompts = [tokenizer.encode(D.prompt_text(e), bos=True) for e in Q.embedded(120, split="test")]
-    how = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"], recompute=True)
-    tries = C.calibrate(model, prompts, [2, 4, 6], how, 0.9, True)
-    assert {x["copying"] for x in tries} == {0} and all(x["recompute"] for x in tries) and len(tries) > 3
-    for x in tries:                                      # one text is full depth's, the other what the exits wrote
-        assert x["agreement"] == pytest.approx(x["exits_alone"], abs=0.02)
-    copied = C.calibrate(model, prompts, [2, 4, 6], {**how, "recompute": False}, 0.9, True)[0]
-    assert tries[0]["layers saved"] == pytest.approx(copied["layers saved"], abs=0.1)
-    assert 0.2 < tries[0]["FLOPs saved"] < copied["FLOPs saved"]     # rows that run on after all
+    how = dict(max_new_tokens=20, eos=tokenizer.eos, frequent=lite["shortlist"])
+    first = C.calibrate(model, prompts, [2, 4, 6], how | dict(recompute=True), 0.9, True)[0]
+    assert first["copying"] == 0 and first["recompute"]
+    saved = []
+    for recompute in (True, False):
+        told = [E.measure(model, p, 8, first["thresholds"], how | dict(recompute=recompute)).numbers for p in prompts[1::2]]
+        saved.append(1 - sum(a["FLOPs"] for a in told) / sum(a["full_FLOPs"] for a in told))
+    assert first["FLOPs saved"] == saved[0] < saved[1] - 0.01
+
+
+def test_recompute_reaches_eval_and_project_from_their_flag_and_file(tmp_path, monkeypatch, capsys):
+    counts = {}
+    for flag in ("", "--recompute"):
+        path = tmp_path / f"r{len(flag)}.jsonl"
+        call(monkeypatch, E, f"--ckpt {ROOT}/tiny --limit 20 --threshold 0.9 --out {path} {flag}")
+        runs = [line["runs"] for line in E.read_answers(path)[1].values() if "runs" in line]
+        capsys.readouterr()
+        call(monkeypatch, P, str(path))
+        counts[flag] = {name: sum(run[name]["FLOPs"] for run in runs) for name in ("threshold 0.9", "oracle", "full depth")}
+        counts[flag]["projected"] = capsys.readouterr().out
+    for name in ("threshold 0.9", "oracle"):
+        assert counts[""][name] < counts["--recompute"][name] < counts[""]["full depth"] == counts["--recompute"]["full depth"]
+    assert counts[""]["projected"] != counts["--recompute"]["projected"]
 
 
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
@@ -564,7 +580,6 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch, capsys):
 
 def test_a_projection_is_the_arithmetic_it_says():
     """7B's, by hand: the same share of depth, to the nearest layer; layers alone, and bytes with six checks where nothing left."""
-    from docs import project as P
     lines = lambda n: [{"runs": {"rule": {"exits": [n] * 3}}}]  # noqa: E731
     layer, head, prompt = 4 * 4096 ** 2 + 3 * 4096 * 11008, 32000 * 4096, [[1] * 10]
     for n, L, kept in ((8, 32, 8), (2, 8, 8), (7, 30, 7), (24, 30, 26)):

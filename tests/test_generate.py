@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,9 +106,9 @@ def test_confidence_is_the_largest_softmax_probability():
     assert G.confidence(torch.tensor([1e4, 0, 0])) == 1                # saturated: still not above a threshold of 1
 
 
-def account(model, rule, n, poison=float("nan")):
+def account(model, rule, n, poison=float("nan"), **how):
     """Decode in a poisoned cache; check the books after every token. Returns cache, states left with and depths."""
-    decoder = G.Decoder(model, PROMPT, len(PROMPT) + n, rule)
+    decoder = G.Decoder(model, PROMPT, len(PROMPT) + n, rule, **how)
     cache, left, depths = decoder.cache.fill_(poison), decoder.left.fill_(poison), []
     with torch.no_grad():
         token = decoder.prefill(PROMPT)[0][0]
@@ -123,8 +124,9 @@ def account(model, rule, n, poison=float("nan")):
 
 def test_no_hole_is_ever_read_and_the_debts_add_up(model):
     for rule in RULES:
-        depths = account(model, rule, 40)[2]
-        assert min(depths) < 6 and 6 in depths
+        for recompute in (False, True):
+            depths = account(model, rule, 40, recompute=recompute)[2]
+            assert min(depths) < 6 and 6 in depths
 
 
 def test_a_skipped_layer_holds_the_projected_exit_state(model):
@@ -431,6 +433,17 @@ def test_piped_text_is_plain_and_whole(checkpoint, monkeypatch, capsys):
     assert "\x1b" not in out.out + out.err
     assert out.out == f"\n> Sort b a.\n{text.lstrip()}\n" or text.endswith("\ufffd")
     assert "layers on average" in out.err
+
+
+def test_recompute_comes_by_flag_or_with_thresholds_that_were_chosen_for_it(tmp_path, monkeypatch, capsys):
+    folder, seen, original = shutil.copytree(TINY_FOLDER, tmp_path / "tiny"), [], G.answer
+    monkeypatch.setattr(G, "answer", lambda *args, **how: seen.append(how["recompute"]) or original(*args, **how))
+    lite = json.loads((folder / "lite.json").read_text()) | dict(thresholds={"2": 0.9}, recompute=True)
+    (folder / "lite.json").write_text(json.dumps(lite))
+    for flags in ("", "--threshold 0.9", "--threshold 0.9 --recompute"):
+        command(monkeypatch, capsys, "--ckpt", str(folder), "--limit", "1", *flags.split())
+    command(monkeypatch, capsys, "--ckpt", str(TINY_FOLDER), "--limit", "1")
+    assert seen == [True, False, True, False]
 
 
 def test_tints_differ_by_exit_and_spare_full_depth_and_files(monkeypatch):
