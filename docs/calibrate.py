@@ -125,8 +125,8 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
     generating with them.  Candidates come from safe to cheap, and the first whose one-sided 95 % bound misses
     the target ends it.  As each is tried only if all before it passed, the 5 % hold for the one kept, however
     many there are (fixed-sequence testing).
-    Returns what was tried, [dict].  by_layers: thresholds for few layers, not for few bytes.  single: one
-    threshold for all exits (to compare with)."""
+    Returns what was tried, [dict].  how["recompute"]: nothing is copied, and so costs later tokens nothing.
+    by_layers: thresholds for few layers, not for few bytes.  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     alone, rest = (said(model, prompts[i::2], exits, how, what) for i, what in enumerate(("choose", "the rest")))
     exact = without_copying((alone, rest), exits, L, single)

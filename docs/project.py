@@ -26,7 +26,8 @@ SHAPES = {"7B": ModelArgs(4096, 32, 32, vocab_size=32000), "13B": ModelArgs(5120
 
 
 def project(shape, lines, setting, prompts, exits, L, recompute=False):
-    """{count: share saved} of a setting's answers, given by a model of L layers that asks at exits, in one of the given shape."""
+    """{count: share saved} of a setting's answers, given by a model of L layers that asks at exits, in one of the given shape.
+    recompute: as the answers were given, with K and V of skipped layers recomputed."""
     with torch.device("meta"):
         model = Transformer(shape).to(torch.bfloat16)
     total = {}
@@ -52,10 +53,11 @@ def main():
     rules, folder, lines = header["rules"], header["settings"]["ckpt"], [line for line in lines.values() if "runs" in line]
     L, tokenizer = rules["full depth"][0], Tokenizer.load(folder)
     prompts = [tokenizer.encode(line["prompt"], bos=True) for line in lines]
-    rows = {}
+    rows, recompute = {}, header["settings"].get("recompute")
     for setting in (name for name in rules if name.startswith(("threshold", "lite.json"))):
         for name, shape in SHAPES.items():
-            saved = project(shape, lines, setting, prompts, [int(exit) for exit, t in rules[setting][1].items() if t < 1], L, header["settings"].get("recompute"))
+            exits = [int(exit) for exit, t in rules[setting][1].items() if t < 1]
+            saved = project(shape, lines, setting, prompts, exits, L, recompute)
             rows[f"{name}, {setting}"] = [f"{100 * x:.1f}" for x in saved.values()]
     table("projected, saved %", ("layers", "FLOPs", "bytes"), rows)
 
