@@ -290,12 +290,12 @@ def read_lite(folder):
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds, ids = lite.get("exits", []), lite.get("thresholds", {}), lite.get("shortlist", [])
-    kinds = [type(x) for x in (exits, ids, thresholds, lite.get("calibration", {}))]
-    if kinds != [list, list, dict, dict] or not all(
+    kinds = [*map(type, (exits, ids, thresholds, lite.get("calibration", {}), lite.get("recompute", True)))]
+    if kinds != [list, list, dict, dict, bool] or not all(
             type(n) is int and n >= 0 for n in [*exits, *ids, lite.get("check", 0)]) or not all(
             n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
         raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers and "
-                         "numbers from 0 to 1 by layer (shortlist: a list of token ids, check: a number)")
+                         "numbers from 0 to 1 by layer (shortlist: ids; check: a number; recompute: a bool)")
     return lite
 
 def read_args(folder):

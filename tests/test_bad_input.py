@@ -78,6 +78,7 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "lite.json").write_text('{"calibration": []}'), ["lite.json"]),
     (lambda d: (d / "lite.json").write_text('{"shortlist": [2, "a"]}'), ["lite.json", "shortlist"]),
     (lambda d: (d / "lite.json").write_text('{"shortlist": [2, 40000]}'), ["lite.json", "shortlist", "another model"]),
+    (lambda d: (d / "lite.json").write_text('{"recompute": "no"}'), ["lite.json", "recompute"]),
     (lambda d: (d / "lite.json").write_text('{"check": -1}'), ["lite.json", "check"])]
 
 FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the line
