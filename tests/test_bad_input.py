@@ -2,7 +2,6 @@
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -154,16 +153,6 @@ def test_bad_flags_and_data(place, monkeypatch, capsys, script, args, words):
 def test_as_a_command_it_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "generate.py", "--ckpt", tmp_path, "hi"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-
-
-def test_the_readme_shows_no_flag_that_no_script_defines():
-    """Flags are strings of their own where they are added; torchrun's, pip's and pytest's are not ours."""
-    source = "".join(p.read_text() for folder in (".", "docs") for p in (ROOT / folder).glob("*.py"))
-    source += "".join((ROOT / "tests" / f"{name}.py").read_text() for name in ("bench", "bench_train", "smollm2", "kill", "calibration"))
-    defined = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
-    theirs = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--shutdown-timeout", "--no-deps"}
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "".join((ROOT / name).read_text() for name in ("README.md", "docs/tried.md"))))
-    assert len(shown) > 40 and shown - defined - theirs == set()
 
 
 @pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs/plan", "docs/calibrate", "docs/report", "docs/answers"])
