@@ -106,7 +106,7 @@ class Decoder:
         if debt is None or not self.recompute:
             return block(h, pos, kv, debt)
         rows = block(torch.cat((debt, h), 1), owed, kv)              # (1, pos+1-owed, D)
-        debt[:] = rows[:, :-1]
+        debt[:] = rows[:, :-1]                                       # a view: self.left moves up a layer
         return rows[:, -1:]
 
     def exit_early(self, token, pos):

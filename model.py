@@ -129,19 +129,19 @@ class Attention(nn.Module):
         kv[0, :, :, pos:end], kv[1, :, :, pos:end] = k, v
         return kv[:, :, :, :end].unbind(0)                           # (B, K, pos+T, E) each
 
-    def forward(self, x, left, pos, T, kv=None):
+    def forward(self, x, source, pos, T, kv=None):
         """x (B, P+T, D) at positions pos..: attention for the last T, (B, T, D), to K and V made from
-        left (B, P+T, D): x, or, where training copies, exit states.  `fuse` joins what makes them."""
+        source (B, P+T, D): x itself, but where training copies.  `fuse` joins what makes them."""
         H, K, E, G = self.n_heads, self.n_kv_heads, self.head_dim, self.n_heads // self.n_kv_heads
-        parts = ((self.wk(left), self.wq(x), self.wv(left)) if self.joint is None or left is not x else
+        parts = ((self.wk(source), self.wq(x), self.wv(source)) if self.joint is None or source is not x else
                  product(x, self.joint).split((K * E, H * E, K * E), -1))
         k, q, v = (part.unflatten(-1, (-1, E)) for part in parts)                         # (B, P+T, heads, E)
         k, q = self.rotate(torch.cat((k, q), 2), pos).split([K, H], 2)
         (k, v), q = self.keep(k, v, pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
         S = k.size(2)
-        if 1 < T == S:
+        if 1 < T == S:                   # nothing comes before: training, a prompt
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)   # (B, H, T, E)
-        else:                            # few rows: the G heads that share K and V are so many more of them
+        else:                            # few rows: the G heads that share K and V become G times as many
             mask = None if T == 1 else x.new_ones(T, S, dtype=torch.bool).tril(S - T).repeat(G, 1)
             q = q.unflatten(1, (K, G)).flatten(2, 3)                                        # (B, K, G T, E)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(2, (G, T)).flatten(1, 2)
@@ -169,14 +169,14 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(args), FeedForward(args)
         self.attention_norm, self.ffn_norm = (RMSNorm(args.dim, args.norm_eps) for _ in range(2))
 
-    def forward(self, h, pos=0, kv=None, debt=None, left=None):
+    def forward(self, h, pos=0, kv=None, debt=None, source=None):
         """h (B, T, D) at positions pos.. through the layer; kv (2, B, K, S, E) is the layer's cache, if any.
         debt (B, P, D): the states of the P positions before pos, which skipped this layer.  Their K and V are
         made here, in the matrix product that makes h's own: copying state costs no pass over wk and wv.
-        left (B, T, D): in training, the states that the T positions' own K and V are made from, if not h."""
+        source (B, T, D): in training, the states that the T positions' K and V are made from, if not h."""
         rows = self.attention_norm(h if debt is None else torch.cat((debt, h), 1))
-        left = rows if left is None else self.attention_norm(left)
-        h = h + self.attention(rows, left, pos - rows.size(1) + h.size(1), h.size(1), kv)
+        source = rows if source is None else self.attention_norm(source)
+        h = h + self.attention(rows, source, pos - rows.size(1) + h.size(1), h.size(1), kv)
         return h + self.feed_forward(self.ffn_norm(h))
 
 class Transformer(nn.Module):
@@ -229,11 +229,11 @@ class Transformer(nn.Module):
         """Yield the state (B, T, D) after each layer in exits (ascending), then the last layer's.
         leave (B, T), in training: the layer n that each token leaves at, or inf.  It runs on, but K and V
         above are made from its state after n layers: what later tokens attend to is as in decoding."""
-        h = left = self.tok_embeddings(tokens)
+        h = source = self.tok_embeddings(tokens)
         run = partial(checkpoint, use_reentrant=False) if self.checkpoint_blocks else Block.__call__
-        for n, block in enumerate(self.layers, 1):
-            left = None if leave is None else torch.where(leave[..., None] < n - 1, left, h)
-            h = run(block, h, pos, None if cache is None else cache[n - 1], None, left)
+        for n, block in enumerate(self.layers, 1):       # h: the state after n - 1 layers
+            source = None if leave is None else torch.where(leave[..., None] < n - 1, source, h)
+            h = run(block, h, pos, None if cache is None else cache[n - 1], None, source)
             if n in exits and n < len(self.layers):
                 yield h
         yield h

@@ -95,8 +95,8 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * done))
 
 def distribute(model, exits, world):
-    """The model in DDP, where p.grad is a view of the buckets that ranks sum: gradients exist once. Not until
-    a backward pass do these lie as they stay; it comes here, without weight: a resumed run rounds alike."""
+    """The model in DDP, where p.grad is a view of the buckets that ranks sum: gradients exist once. DDP lays
+    these out anew after a first backward pass; it comes here, without weight: resumed runs round alike."""
     if world == 1:
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
