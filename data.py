@@ -5,7 +5,7 @@
 An example is a dict: instruction, input (may be ""), output (None in a set of prompts) and group, its family
 or category.  A prompt is BOS + template; the loss is on response + EOS alone.  The embedded set is in tiny/.
 """
-import gzip, json, math, os, random, re, sys, urllib.request
+import gzip, http.client, json, math, os, random, re, sys, urllib.request, zlib
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from contextlib import suppress
 from pathlib import Path
@@ -53,8 +53,8 @@ class Tokenizer:
 
     def decode(self, ids, after=()):
         """The text that ids add to the text of the ids before them (BOS and EOS have none)."""
-        before = self.sp.decode(list(after))
-        return self.sp.decode([*after, *ids])[len(before):]
+        known = [i for i in after if i < self.size]      # models may have more rows, which mean nothing
+        return self.sp.decode(known + [i for i in ids if i < self.size])[len(self.sp.decode(known)):]
 
 def prompt_text(example):
     """Alpaca's prompt for an example: its template with an input, or the one without."""
@@ -75,7 +75,7 @@ def read_examples(path, limit=None):
     path = Path(path)
     try:
         text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         found = "no such file" if isinstance(e, FileNotFoundError) else e
         raise InputError(f"{path}: {found}; `python data.py` fetches Alpaca and the test sets") from None
     whole, examples, n = text.lstrip().startswith("["), [], 1
@@ -83,9 +83,9 @@ def read_examples(path, limit=None):
         for n, row in enumerate(json.loads(text) if whole else text.split("\n"), 1):
             if whole or row.strip():
                 examples.append(read_row(row := row if whole else json.loads(row)))
-    except ValueError as e:
-        raise InputError(f"{path}, line {n + e.lineno - 1}: not JSON ({e.msg}); expected a list of objects, "
-                         "or one object a line") from None
+    except (ValueError, RecursionError) as e:
+        at, why = n + getattr(e, "lineno", 1) - 1, getattr(e, "msg", e)
+        raise InputError(f"{path}, line {at}: not JSON ({why}); expected a list or objects by line") from None
     except (AttributeError, TypeError, KeyError, IndexError):
         found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise InputError(f"{path}, {'entry' if whole else 'line'} {n}: found {found}; expected Alpaca's "
@@ -126,7 +126,7 @@ def fetch(url, path):
             urllib.request.urlretrieve(url, part, lambda blocks, size, total: bar.update(size))
         read_examples(part)
         part.rename(path)
-    except (OSError, InputError) as e:                   # OSError: fewer bytes came than were announced, too
+    except (OSError, ValueError, http.client.HTTPException, InputError) as e:
         raise InputError(f"{url}: {e}; nothing was written, try again") from None
     finally:
         part.unlink(missing_ok=True)

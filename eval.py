@@ -214,8 +214,8 @@ def main():
         for line in (line for line in lines.values() if "runs" in line):
             s.update({key: x for key, x in line["runs"][name].items() if isinstance(x, (int, float))})
         speed = f", {s['steps'] / s['seconds']:5.0f} tokens/s" if s["seconds"] else ""       # oracle: none
-        print(f"{name:>18}: {1 - s['layers'] / max(1, s['full_layers']):6.1%} of layers saved, "
-              f"{s['agreed'] / max(1, s['steps']):6.1%} agreement{speed}")
+        print(f"{name:>18}: {1 - s['layers'] / (s['full_layers'] or math.nan):6.1%} of layers saved, "
+              f"{s['agreed'] / (s['steps'] or math.nan):6.1%} agreement{speed}")
     print(f"answers: {path}; all their figures: python docs/report.py {path}")
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def confidence(logits):
 
 def distribution(logits, temperature=0.0, top_p=1.0):
     """Probabilities (V,) of the next token: all on the likeliest at temperature 0, else the top-p nucleus."""
-    if temperature == 0:
+    if temperature < 1e-6:                               # less would overflow
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1)
     probs, ids = (logits / temperature).softmax(-1).sort(descending=True)
     if top_p < 1:
@@ -245,12 +245,12 @@ def parse_args():
 def main():
     """Answer the prompts: streamed and tinted, or as JSON."""
     args = parse_args()
-    examples = [dict(instruction=p, input="") for p in args.prompt]
+    examples = [dict(instruction=p.encode(errors="replace").decode(), input="") for p in args.prompt]
     examples += [e for path in args.data or [] for e in read_examples(path, args.limit)]
     if not examples and args.raw is None:
         examples = embedded(args.limit or 6, split="test")
     texts = [(f"{e['instruction']} {e['input']}".strip(), prompt_text(e)) for e in examples]
-    texts += [(args.raw, args.raw)] if args.raw is not None else []
+    texts += [(raw := args.raw.encode(errors="replace").decode(), raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
     if args.verify and not any(t < 1 for t in thresholds.values()):

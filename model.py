@@ -275,8 +275,7 @@ def read_json(path):
 
 def find_checkpoint(folder):
     """The Meta folder meant by `folder`: itself, or the newest save of a train.py output folder (latest)."""
-    folder = Path(folder)
-    folder = folder / "latest" if (folder / "latest").exists() else folder
+    folder = Path(folder, "latest") if Path(folder, "latest").exists() else Path(folder)
     if (folder / "params.json").exists():
         return folder
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["no such folder"]
@@ -293,7 +292,7 @@ def read_lite(folder):
     kinds = [*map(type, (exits, ids, thresholds, lite.get("calibration", {}), lite.get("recompute", True)))]
     if kinds != [list, list, dict, dict, bool] or not all(
             type(n) is int and n >= 0 for n in [*exits, *ids, lite.get("check", 0)]) or not all(
-            n.isdigit() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
+            n.isdecimal() and isinstance(t, (int, float)) and 0 <= t <= 1 for n, t in thresholds.items()):
         raise InputError(f"{path}: exits {exits!r}, thresholds {thresholds!r}; expected a list of layers and "
                          "numbers from 0 to 1 by layer (shortlist: ids; check: a number; recompute: a bool)")
     return lite
@@ -308,7 +307,7 @@ def read_args(folder):
         raise InputError(f"{path}: {e}; LLaMA-2 has {', '.join(kinds)}") from None
     for name, value in params.items():                   # an integer will do for a float, true will not
         if (name, value) != ("vocab_size", -1) and (type(value) is bool or not isinstance(value, kinds[name])
-                                                    or value is not None and value <= 0):
+                                                    or not (value is None or value > 0)):      # nor nan
             raise InputError(f"{path}: {name} is {value!r}, expected a positive "
                              f"{'integer' if kinds[name] in (int, int | None) else 'number'}")
     if a.dim % (2 * a.n_heads) or a.n_heads % (a.n_kv_heads or a.n_heads):
@@ -351,7 +350,8 @@ def load_meta(folder, dtype=None, device="cpu"):
         if merged.shape != w.shape:
             raise InputError(f"{folder}: {key} is {tuple(merged.shape)}, params.json says {tuple(w.shape)}; "
                              "is a shard missing?")
-        weights[key] = merged.to(device, dtype)
+        tied = any(merged.data_ptr() == t.data_ptr() for t in weights.values())              # untied here
+        weights[key] = merged.to(device, dtype, copy=tied)
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -246,7 +246,7 @@ def load_examples(args):
 def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
-    args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers)
+    args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers, "--exits (or lite.json)")
     if args.copying and not exits:
         raise InputError("--copying is for exits, but there is none; drop it, or --no-lite")
     args.weights = args.weights or [1.0] * (len(exits) + 1)

@@ -36,7 +36,7 @@ def answer(model, prompts, room, temperature, eos, rng=None):
     while True:
         *_, h = model.states(tokens, pos=pos, cache=cache)
         logits, pos = model.logits(h[:, -1]), pos + tokens.size(1)
-        tokens = draw(logits / temperature, rng) if temperature else logits.argmax(-1, True)
+        tokens = draw(logits / temperature, rng) if temperature >= 1e-6 else logits.argmax(-1, True)
         for row, token in zip(rows, tokens[:, 0].tolist()):
             if eos not in said[row][-1:]:
                 said[row].append(token)

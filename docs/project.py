@@ -48,9 +48,10 @@ def main():
     parser.add_argument("answers", type=Path, help="a .jsonl that eval.py wrote")
     path = parser.parse_args().answers
     header, lines = read_answers(path)
-    if not lines:
-        raise InputError(f"{path}: found no answers; expected a .jsonl that eval.py wrote")
-    rules, folder, lines = header["rules"], header["settings"]["ckpt"], [line for line in lines.values() if "runs" in line]
+    lines = [line for line in lines.values() if "runs" in line]
+    if not any(line["runs"]["full depth"]["steps"] for line in lines):
+        raise InputError(f"{path}: found no answers of two tokens or more; expected a .jsonl that eval.py wrote")
+    rules, folder = header["rules"], header["settings"]["ckpt"]
     L, tokenizer = rules["full depth"][0], Tokenizer.load(folder)
     prompts = [tokenizer.encode(line["prompt"], bos=True) for line in lines]
     rows, recompute = {}, header["settings"].get("recompute")

@@ -25,6 +25,8 @@ def test_the_tokenizer_has_llamas_ids_and_loses_nothing(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("hi", bos=True, eos=True) == [1, *tokenizer.encode("hi"), 2]
     assert tokenizer.decode([1, *tokenizer.encode("hi"), 2]) == "hi"
+    odd = tokenizer.size + 1                             # a row of a model whose vocabulary was padded
+    assert tokenizer.decode([odd, *tokenizer.encode("hi"), odd], [odd]) == "hi"
 
 
 def test_each_part_of_the_template_is_one_piece_and_digits_stand_alone(tokenizer):
@@ -161,10 +163,12 @@ def test_the_real_sets_are_read_whole(shared, name, n):
     ("k.json", '[{"instruction": "a", "output": "b"}, {"question": "a"}]', "entry 2: found keys question"),
     ("k.jsonl", '{"prompt": "a"}\n{"text": "a"}', "line 2: found keys text"), ("s.json", '["a"]', "entry 1: found a str"),
     ("t.json", '[{"instruction": 3, "output": "b"}]', "entry 1: found keys"),
-    ("i.jsonl", '{"instruction": "a", "instances": [], "motivation_app": "b"}', "line 1"), ("o.json", '{"a": 1}', "line 1")])
+    ("i.jsonl", '{"instruction": "a", "instances": [], "motivation_app": "b"}', "line 1"), ("o.json", '{"a": 1}', "line 1"),
+    ("n.json", "[" * 100000, "line 1: not JSON"), ("n.jsonl", '{"prompt": "a"}\n{"prompt": ' + "7" * 5000 + "}", "line 2: not JSON"),
+    ("z.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"\xff" * 20, "invalid block type")])
 def test_bad_files_name_file_and_line(tmp_path, name, text, message):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(InputError, match=message) as e:
         D.read_examples(tmp_path / name)
     assert name in str(e.value) and "\n" not in str(e.value)
@@ -205,8 +209,9 @@ def test_a_failed_fetch_writes_nothing(server, tmp_path):
     for name, message in (("absent.json", "404"), ("page.json", "not JSON")):
         with pytest.raises(InputError, match=message):
             D.fetch(f"{url}/{name}", tmp_path / "data" / name)
-    with pytest.raises(InputError, match="refused|nothing was written"):
-        D.fetch("http://127.0.0.1:9/x.json", tmp_path / "data" / "x.json")
+    for url in ("http://127.0.0.1:9/x.json", "127.0.0.1/x.json", "http://a b/x.json"):
+        with pytest.raises(InputError, match="refused|nothing was written"):
+            D.fetch(url, tmp_path / "data" / "x.json")
     assert list((tmp_path / "data").iterdir()) == []
 
 

@@ -457,6 +457,12 @@ def test_a_model_without_exits_is_evaluated_too(tmp_path, monkeypatch):
     assert set(rows) == {"full depth", "oracle"} and rows["oracle"]["layers"][0] == 2
 
 
+def test_answers_of_one_token_tell_nothing_and_claim_nothing(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 2 --max-new-tokens 1 --threshold 0.9 --out {tmp_path / 'r.jsonl'}")
+    assert capsys.readouterr().out.count("nan% of layers saved,   nan% agreement") == 6
+    call(monkeypatch, P, str(tmp_path / "r.jsonl"), fails="no answers of two tokens")
+
+
 def call(monkeypatch, module, command, fails=None):
     """Run a script's main() with a command line."""
     monkeypatch.setattr("sys.argv", ["x.py", *command.split()])

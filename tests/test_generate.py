@@ -207,7 +207,7 @@ def test_the_distribution_is_the_nucleus(temperature, top_p):
         mass += probs[i] / total
     want = [kept.get(i, 0) / sum(kept.values()) for i in probs]
     assert G.distribution(logits, temperature, top_p).tolist() == pytest.approx(want)
-    assert G.distribution(logits).tolist() == [0, 1, 0, 0, 0]
+    assert G.distribution(logits).tolist() == G.distribution(logits.float(), 1e-40).tolist() == [0, 1, 0, 0, 0]
 
 
 def test_draws_follow_the_distribution():
@@ -424,6 +424,8 @@ def test_json_holds_what_generate_yields(checkpoint, tokenizer, monkeypatch, cap
     assert (first["tokens"], first["exits"]) == (tokens, exits)
     assert first["text"] == tokenizer.decode(tokens, first["prompt_tokens"]) and first["seconds"] > 0
     assert raw["prompt_tokens"] == tokenizer.encode("In order", bos=True)
+    out = command(monkeypatch, capsys, "--ckpt", checkpoint, "--max-new-tokens", 1, "Sort \udcff", "--raw", "\udcff")       # as bytes come
+    assert "> Sort ?\n" in out.out and "> ?\n" in out.out
 
 
 def test_piped_text_is_plain_and_whole(checkpoint, monkeypatch, capsys):

@@ -169,6 +169,16 @@ def test_model_parallel_shards_merge_to_the_same_weights(tmp_path, shards):
     assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
 
 
+def test_tensors_that_were_saved_as_one_train_as_two(tmp_path):
+    """Folders of models with tied embeddings: both parameters on one memory would be stepped twice."""
+    write_folder(tmp_path, random_model())
+    state = torch.load(tmp_path / "consolidated.00.pth")
+    torch.save(state | {"output.weight": state["tok_embeddings.weight"]}, tmp_path / "consolidated.00.pth")
+    loaded = load_meta(tmp_path)
+    assert torch.equal(loaded.output.weight, loaded.tok_embeddings.weight)
+    assert len({p.data_ptr() for p in loaded.parameters()}) == len([*loaded.parameters()])
+
+
 def test_saved_folders_are_metas_and_load_again(tmp_path, tokenizer):
     model = random_model(vocab_size=tokenizer.size)
     save_meta(tmp_path, model, tokenizer, dict(exits=[2, 4], weights=[1.0, 1.0, 1.0]))
