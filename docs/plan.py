@@ -43,8 +43,8 @@ def plan(shape, args, world):
             dealt[dealt.index(min(dealt))] += p.numel()
     B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
     h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
-    left = torch.empty_like(h, requires_grad=True) if args.copying else None
-    block, n, state = kept(model.layers[0], h, left=left), sum(dealt), 12 if c < 4 else 8
+    source = torch.empty_like(h, requires_grad=True) if args.copying else None
+    block, n, state = kept(model.layers[0], h, source=source), sum(dealt), 12 if c < 4 else 8
     blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
     taught = bool(args.teacher)
