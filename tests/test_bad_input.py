@@ -72,6 +72,7 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "consolidated.00.pth").unlink(), ["no weights"]), (hugging_face, ["Hugging Face", "params.json"]),
     (lambda d: (d / "lite.json").write_text("[]"), ["lite.json", "object"]),
     (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 7}}'), ["lite.json", "thresholds"]),
+    (lambda d: (d / "lite.json").write_text('{"thresholds": {"\u00b2": 0.5}}'), ["lite.json", "by layer"]), (edit_params(norm_eps=float("nan")), ["norm_eps is nan"]),
     (lambda d: (d / "lite.json").write_text('{"max_seq_len": "x"}'), ["max_seq_len"]),
     (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["lite.json: exits [2, 99]"]),
     (lambda d: (d / "lite.json").write_text('{"calibration": []}'), ["lite.json"]),

@@ -210,7 +210,7 @@ def test_a_failed_fetch_writes_nothing(server, tmp_path):
         with pytest.raises(InputError, match=message):
             D.fetch(f"{url}/{name}", tmp_path / "data" / name)
     for url in ("http://127.0.0.1:9/x.json", "127.0.0.1/x.json", "http://a b/x.json"):
-        with pytest.raises(InputError, match="refused|nothing was written"):
+        with pytest.raises(InputError, match="nothing was written"):
             D.fetch(url, tmp_path / "data" / "x.json")
     assert list((tmp_path / "data").iterdir()) == []
 
