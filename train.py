@@ -9,7 +9,7 @@ The run goes to out/: log.jsonl, and complete Meta folders out/step-N/, the newe
 """
 import json, math, os, random, re, shutil, signal, subprocess, sys, time, zlib
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 from data import (TINY_FOLDER, Parser, Tokenizer, batches, collate, embedded, number, pick_device,
-                  read_examples, run, share, tokenize)
+                  prompt_text, read_examples, run, share, tokenize)
 from eval import exit_losses
 from model import (InputError, ModelArgs, Transformer, check_exits, default_exits, find_checkpoint, lite_loss,
                    load_meta, load_tensors, read_args, read_json, read_lite, save_meta, wide)
@@ -40,7 +40,7 @@ RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alp
     "--weight-decay": (0.1, 0.0, number(float, 0), "of AdamW, on matrices"),
     "--max-len": (64, 512, number(int, 2), "tokens an example may have; longer responses are cut"),
     "--dtype": ("float32", "bfloat16", str, "of weights and gradients; the optimizer keeps fp32 copies"),
-    "--val": (512, 200, number(int, 1), "examples held out for the validation loss")}
+    "--val": (512, 200, number(int, 1), "prompts held out for the validation loss")}
 
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW on fp32 masters of the weights, kept beside the moments. (A bf16 weight has 8 bits: at lr
@@ -231,17 +231,18 @@ def resolve(parser):
     return args, saved["step"]
 
 def load_examples(args):
-    """Training and validation examples: the embedded set, or --data, --val of it apart."""
+    """Training and validation examples: the embedded set, or --data, --val of its prompts apart."""
     if not args.ckpt and not args.data:
         return embedded(args.steps * args.batch_size), embedded(args.val, split="test")
-    paths = args.data or ["data/alpaca_data.json"]
-    examples = [e for path in paths for e in read_examples(path, args.limit)]
-    if any(e["output"] is None for e in examples):
+    paths, asked = args.data or ["data/alpaca_data.json"], defaultdict(list)
+    for e in (e for path in paths for e in read_examples(path, args.limit)):
+        asked[prompt_text(e)].append(e)                  # all answers to a prompt, from whatever file
+    random.Random(0).shuffle(groups := [*asked.values()])
+    if any(e["output"] is None for group in groups for e in group):
         raise InputError(f"{' '.join(paths)}: examples without an output; training needs Alpaca's format")
-    if len(examples) <= args.val:
-        raise InputError(f"{' '.join(paths)}: {len(examples)} examples, too few to hold out --val {args.val}")
-    random.Random(0).shuffle(examples)
-    return examples[args.val:], examples[:args.val]
+    if len(groups) <= args.val:
+        raise InputError(f"{' '.join(paths)}: {len(groups)} prompts, too few to hold out --val {args.val}")
+    return [e for group in groups[args.val:] for e in group], [group[0] for group in groups[:args.val]]
 
 def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""

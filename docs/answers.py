@@ -2,9 +2,10 @@
 
     python docs/answers.py alpaca_train.json --ckpt smolplain --out answers.json
 
-The file has the same examples in the same order.  Take it in place of the first, not beside it: train.py then holds
-out the same instructions (its validation losses are those of the new answers).  It is for --teacher, which looks at
-text and not at labels: answers end at --max-new-tokens in the middle of a sentence, and as labels would teach just that.
+The file has the same examples in the same order.  Take it in place of the first, or beside it (and beside others, made
+with other seeds): train.py holds the same prompts out of all files, and validates on the first one's answers to them.
+It is for --teacher, which looks at text and not at labels: answers end at --max-new-tokens in the middle of a sentence,
+and as labels would teach just that.
 Prompts of one length go through the model together, at full depth.
 """
 import json

@@ -230,20 +230,26 @@ def explain(rows, prompts):
               f"large model), the skipped head {early['S'] / depth['S']:.2f}x")
 
 
-def load(args):
-    """Model, tokenizer, lite.json; with --random no tokenizer, and nothing but params.json is read."""
-    if not args.random:
-        return load_for_decoding(args)
-    shape, device = read_args(args.random), pick_device(args.device)
+def random_weights(folder, dtype, device):
+    """A model of the shape that folder/params.json has, made on the device."""
+    shape = read_args(folder)
     shape.vocab_size = 32000 if shape.vocab_size < 0 else shape.vocab_size           # Meta's params.json says -1
     with torch.device("meta"):
-        model = Transformer(shape).to(getattr(torch, args.dtype or "bfloat16"))
+        model = Transformer(shape).to(dtype)
     model = model.to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(1, 0.02) if p.dim() == 1 else p.normal_(0, 0.02)
-    return model.fuse(), None, dict(shortlist=list(range(2048)))
+    return model
+
+
+def load(args):
+    """Model, tokenizer, lite.json; with --random no tokenizer, and nothing but params.json is read."""
+    if not args.random:
+        return load_for_decoding(args)
+    model = random_weights(args.random, getattr(torch, args.dtype or "bfloat16"), pick_device(args.device))
+    return model.fuse(), None, dict(shortlist=list(range(min(2048, model.args.vocab_size))))
 
 
 def context(model):

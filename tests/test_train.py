@@ -3,6 +3,7 @@ import collections
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -422,7 +423,7 @@ def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
 
 
 def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 4))
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output="bed") for i in range(4)]))
     subprocess.run(["cp", "-r", str(checkpoint), str(tmp_path / "ckpt")], check=True)
     (tmp_path / "ckpt/lite.json").write_text('{"max_seq_len": 64, "exits": [3]}')
     train("--ckpt", tmp_path / "ckpt", "--data", tmp_path / "d.json", "--val", 1, "--max-len", 40, "--steps", 1,
@@ -431,7 +432,7 @@ def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
 
 
 def test_epochs_count_with_data_from_nothing_too(tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([dict(instruction="Say bed.", output="bed")] * 9))
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output="bed") for i in range(9)]))
     train("--data", tmp_path / "d.json", "--epochs", 2, "--batch-size", 4, "--val", 1, "--out", tmp_path / "run")
     assert os.readlink(tmp_path / "run/latest") == "step-4"
 
@@ -568,6 +569,20 @@ def test_tuning_a_checkpoint_on_alpaca_data(checkpoint, tmp_path):
     before, after = load_meta(checkpoint), load_meta(tmp_path / "run", torch.float32)
     assert after.args == before.args
     assert any(not torch.allclose(p, q, atol=1e-2) for p, q in zip(before.parameters(), after.parameters()))
+
+
+def test_no_answer_to_a_held_out_prompt_is_trained_on(tmp_path):
+    """Several files answer the same prompts; a file of its own keeps the order that its shuffled list has."""
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([dict(instruction=f"{i}", output=f"{name}{i}") for i in range(20)]))
+    args = SimpleNamespace(ckpt=None, data=[tmp_path / "a.json", tmp_path / "b.json"], limit=None, val=5)
+    rows, val = T.load_examples(args)
+    assert {e["instruction"] for e in rows} | {e["instruction"] for e in val} == {f"{i}" for i in range(20)}
+    assert len(rows) == 30 and len(val) == 5 and all(e["output"][0] == "a" for e in val)
+    assert not {e["instruction"] for e in rows} & {e["instruction"] for e in val}
+    alone, order = T.load_examples(SimpleNamespace(**vars(args) | dict(data=args.data[:1]))), list(range(20))
+    random.Random(0).shuffle(order)
+    assert [e["instruction"] for part in alone[::-1] for e in part] == [f"{i}" for i in order]
 
 
 def test_a_kill_at_any_write_of_a_save_leaves_a_folder_that_resumes(tmp_path):
