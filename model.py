@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight           # on a GPU two kernels, not 8
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 class Linear(nn.Linear):
     """nn.Linear without first values: every weight here is loaded, or drawn by init_weights."""
