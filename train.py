@@ -231,7 +231,7 @@ def resolve(parser):
     return args, saved["step"]
 
 def load_examples(args):
-    """Training and validation examples: the embedded set, or --data, --val of its prompts apart."""
+    """Training and validation examples: embedded, or --data, --val prompts apart with their first answers."""
     if not args.ckpt and not args.data:
         return embedded(args.steps * args.batch_size), embedded(args.val, split="test")
     paths, asked = args.data or ["data/alpaca_data.json"], defaultdict(list)

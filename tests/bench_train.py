@@ -2,7 +2,7 @@
 
     python tests/bench_train.py                                              # the tiny model: half a minute
     python tests/bench_train.py --ckpt smollm2 --data alpaca_train.json --batch-size 16 --micro-batch-size 8
-    python tests/bench_train.py --random DIR --exits 1,2,3,4,5,6 --batch-size 4 --micro-batch-size 4 --device cuda
+    python tests/bench_train.py --random DIR --exits 1,2,3,4,5,6 --batch-size 4 --micro-batch-size 4 --steps 4 --device cuda
 
 Each mode runs in processes of its own (memory is the process's largest resident size, on a GPU what was allocated
 there), in turns, and reports the fastest time of each batch: noise of the machine only ever adds.  The bound is what LITE cannot avoid: the plain step,
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import train as T  # noqa: E402
 from bench import random_weights, sync  # noqa: E402
 from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, number, read_examples, share, tokenize  # noqa: E402
-from model import IGNORE, LOGIT_ROWS, Transformer, default_exits, load_meta  # noqa: E402
+from model import IGNORE, LOGIT_ROWS, Transformer, check_exits, default_exits, load_meta  # noqa: E402
 
 
 def setup(args):
@@ -50,7 +50,7 @@ def setup(args):
 def measure(args):
     """Run one mode over the batches; print its times and the process's peak memory, bytes."""
     model, rows, plan = setup(args)
-    asked, device = args.exits or default_exits(model.args.n_layers), model.output.weight.device
+    asked, device = check_exits(args.exits or default_exits(model.args.n_layers), model.args.n_layers), model.output.weight.device
     exits = asked if args.mode == "lite" else []
     run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, micro_batch_size=args.micro_batch_size,
                           weight_decay=0.0, lr=1e-4, warmup=0.0, steps=len(plan), clip=1.0, out="")
@@ -70,7 +70,7 @@ def measure(args):
         heads(batch) if args.mode == "heads" else T.update(model, optimizer, rows, batch, 0, run)
         sync(device)
         seconds.append(time.perf_counter() - clock)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     tokens = [sum(len(rows[i][0]) for i in batch) for batch in plan]
     print(json.dumps(dict(seconds=seconds[1:], peak=peak, tokens=sum(tokens), exits=len(asked))))
 
@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=32)
     parser.add_argument("--max-len", type=int, default=512)
-    parser.add_argument("--dtype", help="default: float32, with --ckpt bfloat16")
+    parser.add_argument("--dtype", help="default: float32, with --ckpt or --random bfloat16")
     parser.add_argument("--steps", type=int, default=8, help="batches per mode and round (default: 8)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mode", choices=("plain", "lite", "heads"), help=argparse.SUPPRESS)

