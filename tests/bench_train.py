@@ -5,8 +5,9 @@
     python tests/bench_train.py --random DIR --exits 1,2,3,4,5,6 --batch-size 4 --micro-batch-size 4 --steps 4 --device cuda
 
 Each mode runs in processes of its own (memory is the process's largest resident size, on a GPU what was allocated
-there), in turns, and reports the fastest time of each batch: noise of the machine only ever adds.  The bound is what LITE cannot avoid: the plain step,
-and for each exit one norm, head and cross-entropy, forward, recomputed and backward, on response positions alone.
+there), in turns, and reports the fastest time of each batch: noise of the machine only ever adds.  The bound is the
+plain step, and for each exit one norm, head and cross-entropy, forward, recomputed and backward, on response positions
+alone (which, timed alone, may cost more than within a step).
 """
 import argparse
 import json
@@ -50,7 +51,8 @@ def setup(args):
 def measure(args):
     """Run one mode over the batches; print its times and the process's peak memory, bytes."""
     model, rows, plan = setup(args)
-    asked, device = check_exits(args.exits or default_exits(model.args.n_layers), model.args.n_layers), model.output.weight.device
+    L, device = model.args.n_layers, model.output.weight.device
+    asked = check_exits(args.exits or default_exits(L), L)
     exits = asked if args.mode == "lite" else []
     run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, micro_batch_size=args.micro_batch_size,
                           weight_decay=0.0, lr=1e-4, warmup=0.0, steps=len(plan), clip=1.0, out="")
@@ -70,7 +72,8 @@ def measure(args):
         heads(batch) if args.mode == "heads" else T.update(model, optimizer, rows, batch, 0, run)
         sync(device)
         seconds.append(time.perf_counter() - clock)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     tokens = [sum(len(rows[i][0]) for i in batch) for batch in plan]
     print(json.dumps(dict(seconds=seconds[1:], peak=peak, tokens=sum(tokens), exits=len(asked))))
 

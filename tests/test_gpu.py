@@ -22,21 +22,21 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROMPT, RULE = [1, 40, 7, 7, 63, 25], {2: 0.35, 4: 0.3}
 
 
-def both(dtype):
+def both():
     """The same random model on the CPU and, fused for decoding, on the GPU."""
-    model = random_model(dtype=dtype)
+    model = random_model(dtype=torch.float64)
     return model, copy.deepcopy(model).to(DEVICE).fuse()
 
 
 @pytest.mark.parametrize("how", [dict(), dict(frequent=range(20)), dict(recompute=True), dict(verify=True)], ids=str)
 def test_generation_is_the_cpus(how):
-    here, there = both(torch.float64)
+    here, there = both()
     want, got = (list(G.generate(m, PROMPT, 50, RULE, **how)) for m in (here, there))
     assert got == want and len({depth for _, depth in got}) > 1
 
 
 def test_sampling_draws_from_the_gpus_own_generator():
-    model = both(torch.float64)[1]
+    model = both()[1]
     draw = lambda seed, **how: list(G.generate(  # noqa: E731
         model, PROMPT, 30, RULE, temperature=1.0, top_p=0.9, rng=torch.Generator(DEVICE).manual_seed(seed), **how))
     for how in dict(), dict(verify=True):
@@ -45,7 +45,7 @@ def test_sampling_draws_from_the_gpus_own_generator():
 
 def test_judging_is_the_cpus():
     told = []
-    for model in both(torch.float64):
+    for model in both():
         a = judge(model, G.answer(model, PROMPT, 40, RULE), range(20), [2, 4])
         told.append((a.agrees, a.right, a.sizes, torch.tensor([*a.sure, [a.loss] * 39])))
     assert told[0][:3] == told[1][:3] and 0 < sum(told[0][0]) < 39
@@ -53,7 +53,7 @@ def test_judging_is_the_cpus():
 
 
 def test_answers_are_the_cpus():
-    want, got = (A.answer(m, [PROMPT, PROMPT[::-1]], 20, 0.0, 5) for m in both(torch.float64))
+    want, got = (A.answer(m, [PROMPT, PROMPT[::-1]], 20, 0.0, 5) for m in both())
     assert got == want
 
 
