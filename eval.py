@@ -71,8 +71,8 @@ def judge(model, a, frequent=(), exits=()):
     return a
 
 def costs(model, a, exits, asks, top, recompute=False):
-    """What the tokens of an answer after the first cost, in layers, FLOPs and bytes of weights read, if they
-    ran through exits (N,) layers and asks (N,) checks; the whole head follows layer top.
+    """What the N tokens of an answer after the first cost, in layers, FLOPs and bytes of weights read, if the
+    i-th ran exits[i] layers and asks[i] checks; one that reached layer top pays the whole head.
     w weights are 2 w FLOPs, attention to S positions 4 S H E a layer.  The K and V that a skipped layer owes
     cost FLOPs (and so does a Q that nobody needs; recomputed, the whole layer) if a later token visits it,
     but no bytes: they share its products.  (Norms and such are left out, as in torch's FLOP counter.)"""
@@ -109,7 +109,7 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
         exact = None if e["output"] is None else int(text == e["output"].strip())
         runs[setting] = dict(text=text, exits=a.exits[1:], exact=exact, **a.numbers,
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
-    columns = zip(*full.right or [full.agrees])          # of a token each; all of them empty without exits
+    columns = zip(*full.right or [full.agrees])          # per token: is each exit right? (None: best is L)
     best = [next((n for n, ok in zip(exits, column) if ok), L) for column in columns]
     price = costs(model, full, best, np.array(best, dtype=int) < L, L, how.get("recompute"))  # one check each
     runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **price)
@@ -201,7 +201,7 @@ def main():
     def make(i):
         if i < len(work):
             return compare(model, tokenizer, *work[i], settings, exits, how)
-        rows = [e for _, e, _ in work if e["output"] is not None]    # one line more: given these, the losses
+        rows = [e for _, e, _ in work if e["output"] is not None]    # the last line: losses on references
         rows = rows and tokenize(rows, tokenizer, model.args.max_seq_len)
         return dict(teacher_forced=rows and [*zip([*exits, L], *exit_losses(model, rows, exits, 8))])
 

@@ -63,7 +63,7 @@ class Decoder:
     """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
 
     def __init__(self, model, prompt, room, thresholds, frequent=(), draft=4, temperature=0.0, top_p=1.0,
-                 rng=None, drafts=None, recompute=False):    # draft: tokens a round, drafts: how many it was
+                 rng=None, drafts=None, recompute=False):    # draft: at most a round; drafts: how many it was
         P, self.model, self.thresholds, self.longest, self.end = len(prompt), model, thresholds, draft, room
         self.distribution = lambda logits: distribution(logits, temperature, top_p)
         self.draw = lambda p: (torch.multinomial(p, 1, generator=rng) if temperature else p.argmax()).item()
@@ -122,17 +122,17 @@ class Decoder:
         its predecessors' K and V there.)  What is rejected lies beyond the new pos in the cache.
         The rule for sampling: Leviathan et al., Chen et al. (2023); greedy is its special case."""
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
-        rows, drafts, longest = [h], [], min(self.longest, self.end - pos - 2)
-        while sure > self.thresholds.get(n, 1) and len(drafts) < longest:
+        rows, guesses, longest = [h], [], min(self.longest, self.end - pos - 2)     # one place for the last's
+        while sure > self.thresholds.get(n, 1) and len(guesses) < longest:
             q = self.distribution(logits)
-            drafts.append((self.draw(q), q))
-            h, _, sure, logits = self.climb(drafts[-1][0], pos + len(drafts), {n: 0})      # to n, in any case
+            guesses.append((self.draw(q), q))
+            h, _, sure, logits = self.climb(guesses[-1][0], pos + len(guesses), {n: 0})    # to n, in any case
             rows.append(h)
-        h, chosen = torch.cat(rows, 1), []                           # (1, drafts + 1, D), all at n
+        h, chosen = torch.cat(rows, 1), []                           # (1, guesses + 1, D), all at n
         for block, kv in zip(self.model.layers[n:], self.cache[n:]):
             h = block(h, pos, kv)
-        self.drafts += [len(drafts)]
-        for (guess, q), logits in zip([*drafts, (None, 0)], self.model.logits(h[0])):     # last: no draft
+        self.drafts += [len(guesses)]
+        for (guess, q), logits in zip([*guesses, (None, 0)], self.model.logits(h[0])):    # last: no guess
             p = self.distribution(logits)
             if guess is None or torch.rand((), generator=self.rng, device=p.device) * q[guess] >= p[guess]:
                 rest = (p - q).clamp(min=0)              # rounding alone may leave nothing of it
@@ -272,7 +272,7 @@ def main():
     here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()},
                 recompute=args.recompute)
     as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    if as_measured and here.items() <= lite.get("calibration", {}).items():
+    if as_measured and here.items() <= lite.get("calibration", {}).items():          # all as it was there
         print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
               "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
     answers = []

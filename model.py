@@ -119,7 +119,7 @@ class Attention(nn.Module):
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     def keep(self, k, v, pos, kv=None):
-        """K, turned, and V (B, T, K, E) of positions pos.. as (B, K, T, E); with a cache, put there in place
+        """Keys, turned, and values (B, T, K, E) from pos on as (B, K, T, E); with a cache, put there in place
         and returned with all before them. For tokens that pass the layer and those that skipped it alike."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if kv is None:
@@ -136,8 +136,8 @@ class Attention(nn.Module):
         kq, v = (product(x, self.joint).split(((K + H) * E, K * E), -1) if joined else
                  (torch.cat((self.wk(source), self.wq(x)), -1), self.wv(source)))
         k, q = self.rotate(kq.unflatten(-1, (-1, E)), pos).split([K, H], 2)               # (B, P+T, heads, E)
-        (k, v), q = self.keep(k, v.unflatten(-1, (K, E)), pos, kv), q[:, x.size(1) - T:].transpose(1, 2)
-        S = k.size(2)
+        k, v = self.keep(k, v.unflatten(-1, (K, E)), pos, kv)                             # (B, K, S, E)
+        q, S = q[:, x.size(1) - T:].transpose(1, 2), k.size(2)                            # (B, H, T, E)
         if 1 < T == S:                   # nothing comes before: training, a prompt
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=G > 1)   # (B, H, T, E)
         else:                            # few rows: the G heads that share K and V become G times as many
@@ -232,15 +232,15 @@ class Transformer(nn.Module):
         run = partial(checkpoint, use_reentrant=False) if self.checkpoint_blocks else Block.__call__
         for n, block in enumerate(self.layers, 1):       # h: the state after n - 1 layers
             source = None if leave is None else torch.where(leave[..., None] < n - 1, source, h)
-            h = run(block, h, pos, None if cache is None else cache[n - 1], None, source)
+            h = run(block, h, pos, None if cache is None else cache[n - 1], source=source)
             if n in exits and n < len(self.layers):
                 yield h
         yield h
 
     def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
-        a sum over labelled positions: only the caller knows their count over all ranks.  These alone meet the
-        head, LOGIT_ROWS at a time, and again in the backward pass: (LOGIT_ROWS, V) lives, not X+1 (N, V).
+        a sum over labelled positions: only the caller knows how many all ranks have.  The head sees these
+        alone, LOGIT_ROWS at a time, and again in the backward pass: no exit keeps its (N, V) logits for it.
         teacher: a Transformer, frozen, to learn from instead; its (N, V) lives until the backward pass."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])

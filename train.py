@@ -65,8 +65,8 @@ class AdamW(torch.optim.Optimizer):
 def optimizer_for(model, args, world=1):
     """AdamW that decays matrices, not norms. On several ranks ZeRO, stage 1: each keeps the state of its own
     parameters (whole ones, the largest dealt out first), updates these, and sends the others their values."""
-    matrices, norms = ([p for p in model.parameters() if (p.dim() > 1) == m] for m in (True, False))
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=norms)]
+    groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
+              dict(params=[p for p in model.parameters() if p.dim() == 1])]
     return (AdamW(groups, lr=args.lr) if world == 1 else
             ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=args.lr))
 

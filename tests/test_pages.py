@@ -1,4 +1,5 @@
-"""The README and the pages in docs/ speak of what is there: files, lines, functions, flags."""
+"""The README and the pages in docs/ speak of what is there: files, lines, functions, flags; and their Python runs."""
+import json
 import re
 
 import data
@@ -47,3 +48,16 @@ def test_the_pages_show_no_flag_that_no_script_defines():
     theirs = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--shutdown-timeout", "--no-deps"}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "".join(p.read_text() for p in PAGES)))
     assert len(shown) > 40 and shown - defined - theirs == set()
+
+
+def test_the_readmes_python_says_what_the_command_says(monkeypatch, capsys, tokenizer):
+    block = re.search(r"```python\n(.+?)```", PAGES[0].read_text(), re.S).group(1)
+    question = re.search(r'instruction="(.+?)"', block).group(1)
+    monkeypatch.chdir(ROOT)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["generate.py", "--ckpt", "tiny", "--threshold", "0.9", "--dtype", "bfloat16", "--json", question])
+    generate.main()
+    told = json.loads(capsys.readouterr().out)
+    assert printed == "".join(f"{n} {tokenizer.decode([token])}\n" for token, n in zip(told["tokens"], told["exits"]))
+    assert len(told["tokens"]) > 5 and min(told["exits"]) < 8
