@@ -148,9 +148,8 @@ def tokenize(examples, tokenizer, max_len, note=lambda text: print(text, file=sy
     return rows
 
 def batches(rows, batch_size, seed, epoch):
-    """One epoch: every row's index once, in seeded order, each batch sorted by length, so that micro-batches
-    pad little.  (Batches of like length would pad less, and train worse: a step is all short answers, or all
-    long.)  A function of its arguments: all ranks, and a resumed run, agree."""
+    """One epoch: every row's index once, in seeded order, each batch by length: micro-batches pad little.
+    (Batches of like length would train worse.)  A function of its arguments: ranks and resumed runs agree."""
     r, order = random.Random(f"{seed} {epoch}"), list(range(len(rows)))
     r.shuffle(order)
     cuts = [sorted(order[i:i + batch_size], key=lambda j: len(rows[j][0]))

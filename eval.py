@@ -143,8 +143,7 @@ def collect(path, header, make, numbers):
     return read_answers(path)[1]
 
 def identity(args, model, work, rules):
-    """What makes a run: its flags and rules, and a checksum of prompts, the checkpoint's files' dates and all
-    five files: what other code, or another copy of the checkpoint, answers is another run's."""
+    """What makes a run: flags, rules, a checksum of prompts, code, and dates of the checkpoint's files."""
     ours, w = re.compile(r"(params|lite)\.json|.*\.(pth|model)"), model.output.weight
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]

@@ -65,8 +65,9 @@ class AdamW(torch.optim.Optimizer):
 def optimizer_for(model, args, world=1):
     """AdamW that decays matrices, not norms. On several ranks ZeRO, stage 1: each keeps the state of its own
     parameters (whole ones, the largest dealt out first), updates these, and sends the others their values."""
-    groups = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=args.weight_decay),
-              dict(params=[p for p in model.parameters() if p.dim() == 1])]
+    params = sorted(model.parameters(), key=torch.numel, reverse=True)           # as ZeRO deals them out
+    groups = [dict(params=[p], weight_decay=args.weight_decay * (p.dim() > 1),
+                   faster=args.head_lr if p is model.output.weight else 1) for p in params]
     return (AdamW(groups, lr=args.lr) if world == 1 else
             ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=args.lr))
 
@@ -132,7 +133,7 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1, teacher=None):
 def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1, teacher=None):
     """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        group["lr"] = learning_rate(step, args) * group.get("faster", 1)
     losses = gradients(ddp, rows, batch, args, step, rank, world, teacher).tolist()  # waits for the device
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip).item()
     check_finite([*losses, norm], step + 1, args)
@@ -187,6 +188,7 @@ def flags(doc=__doc__):
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
                "leave early in training, too; those after them attend to copies (not in the paper)")
+    parser.add("--head-lr", 1.0, type=number(float, 0), metavar="X", help="the output matrix's, times --lr")
     parser.add("--teacher", metavar="DIR", help="learn what this model says, not labels (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")

@@ -38,9 +38,8 @@ def plan(shape, args, world):
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     dealt, c, L = [0] * world, dtype.itemsize, shape.n_layers
-    for group in optimizer_for(model, args).param_groups:
-        for p in sorted(group["params"], key=torch.numel, reverse=True):         # as ZeRO deals them out
-            dealt[dealt.index(min(dealt))] += p.numel()
+    for group in optimizer_for(model, args).param_groups:            # as ZeRO deals them out
+        dealt[dealt.index(min(dealt))] += sum(p.numel() for p in group["params"])
     B, T = min(args.micro_batch_size, math.ceil(args.batch_size / world)), args.max_len - 1
     h = torch.empty(B, T, shape.dim, dtype=dtype, device="meta", requires_grad=True)
     source = torch.empty_like(h, requires_grad=True) if args.copying else None

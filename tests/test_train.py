@@ -170,7 +170,7 @@ def test_the_mean_is_over_tokens_not_over_means():
 
 def test_adamw_is_torchs():
     a, b = (random_model(dtype=torch.float64).train() for _ in range(2))
-    args = SimpleNamespace(lr=1e-2, weight_decay=0.1)
+    args = SimpleNamespace(lr=1e-2, head_lr=1.0, weight_decay=0.1)
     mine = T.optimizer_for(a, args)
     theirs = torch.optim.AdamW([dict(params=[p for p in b.parameters() if p.dim() > 1], weight_decay=0.1),
                                 dict(params=[p for p in b.parameters() if p.dim() == 1], weight_decay=0.0)], 1e-2, (0.9, 0.95))
@@ -182,6 +182,25 @@ def test_adamw_is_torchs():
             opt.step()
     for p, q in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_head_lr_moves_the_output_matrix_faster_and_nothing_else():
+    """Against torch's AdamW, given the schedule's rates by hand."""
+    a, b = (random_model(dtype=torch.float64).train() for _ in range(2))
+    args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 2.0], copying=0.0, micro_batch_size=8, weight_decay=0.1, lr=1e-2, head_lr=3.0,
+                           warmup=0.5, steps=4, clip=1e9)
+    mine, head = T.optimizer_for(a, args), b.output.weight
+    kinds = [[head], [p for p in b.parameters() if p.dim() > 1 and p is not head], [p for p in b.parameters() if p.dim() == 1]]
+    theirs = torch.optim.AdamW([dict(params=ps, weight_decay=d) for ps, d in zip(kinds, (0.1, 0.1, 0))], 1e-2, (0.9, 0.95))
+    for step, lr in enumerate((0.005, 0.01, 0.01, 0.005)):
+        T.update(a, mine, worker.rows(), range(8), step, args)
+        T.gradients(b, worker.rows(), range(8), args)
+        for group, times in zip(theirs.param_groups, (3, 1, 1)):
+            group["lr"] = lr * times
+        theirs.step()
+        theirs.zero_grad()
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_bf16_weights_keep_small_updates_in_their_masters():
@@ -213,7 +232,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, head_lr=1.0, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -243,7 +262,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
-                               lr=0.0, copying=0.5, teacher=None, activation_checkpointing=False)
+                               lr=0.0, head_lr=1.0, copying=0.5, teacher=None, activation_checkpointing=False)
         parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
@@ -256,7 +275,7 @@ def test_the_plan_counts_what_copies_take():
     model, tokens, seen = random_model(), torch.zeros(2, 29, dtype=torch.long), []
     for copying in (0.0, 0.5):
         args = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[], weight_decay=0.0, lr=0.0,
-                               copying=copying, teacher=None, activation_checkpointing=False)
+                               head_lr=1.0, copying=copying, teacher=None, activation_checkpointing=False)
         leave, kept = torch.full((2, 29), 3.0) if copying else None, {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}), lambda _: None)
         with hooks:
@@ -272,7 +291,8 @@ def test_the_plan_counts_a_teacher(tmp_path):
     model, tokens, sizes, plans, teacher = random_model(), torch.randint(96, (2, 29)), [], [], random_model(n_layers=2).requires_grad_(False)
     (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in vars(teacher.args).items() if v is not None} | dict(vocab_size=-1)))
     for taught in (False, True):
-        args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, copying=0.0,
+        args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, head_lr=1.0,
+                                     copying=0.0,
                                      teacher=str(tmp_path) if taught else None, activation_checkpointing=False), {}
         plans.append(P.plan(model.args, args, 1))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
@@ -588,7 +608,7 @@ def test_no_answer_to_a_held_out_prompt_is_trained_on(tmp_path):
 def test_a_kill_at_any_write_of_a_save_leaves_a_folder_that_resumes(tmp_path):
     """A child process ends, without any clean-up, at its k-th change to the file system, for every k."""
     model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
-    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, weight_decay=0.0)
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, head_lr=1.0, weight_decay=0.0)
     optimizer, seen = T.optimizer_for(model, args), []
     for k in range(1, 100):
         out = tmp_path / f"run{k}"
@@ -660,7 +680,7 @@ def test_a_run_killed_twice_ends_in_the_weights_of_an_uninterrupted_run(tmp_path
 
 def test_a_save_that_dies_half_way_leaves_the_last_one(tmp_path, monkeypatch):
     model, tokenizer = random_model(), SimpleNamespace(model_bytes=b"x")
-    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, weight_decay=0.0)
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], shortlist=[5], lr=1e-3, head_lr=1.0, weight_decay=0.0)
     optimizer, out = T.optimizer_for(model, args), tmp_path / "run"
     out.mkdir()
     T.save(out, 1, model, optimizer, tokenizer, args)
