@@ -220,7 +220,7 @@ def run(main):
         main()
     except BrokenPipeError:                              # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as e:
+    except (InputError, OSError, torch.OutOfMemoryError) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):    # a rank's own, perhaps
             print("error:", " ".join(str(e).split("\n")), file=sys.stderr)
         sys.exit(2)

@@ -148,7 +148,7 @@ def identity(args, model, work, rules):
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
     flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
-    code = [p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))]
+    code = [Path(__file__).with_name(f"{m}.py").read_text() for m in "data eval generate model train".split()]
     crc = zlib.crc32(repr((work, files, code)).encode())
     return json.loads(json.dumps(dict(settings=flags, rules=rules, prompts=len(work), crc=crc)))   # as stored
 
@@ -163,7 +163,7 @@ def flags(doc):
 
 def prepare(args):
     """Model, tokenizer, lite.json, the exits to look at, [(set, example, prompt)], and how to generate."""
-    sets = [(Path(p).name.split(".")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
+    sets = [(Path(p).name.split(".j")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
     exits, room = list(exit_rule([1.0], args.exits, lite, model.args.n_layers)), model.args.max_seq_len
@@ -188,7 +188,7 @@ def main():
     rules = {f"threshold {','.join(map(str, t))}": exit_rule(t, args.exits, lite, L) for t in args.threshold}
     chosen_for = dict(check=len(how["frequent"]), recompute=args.recompute)
     if "thresholds" in lite and all(lite.get(key, x) == x for key, x in chosen_for.items()):
-        rules["lite.json"] = exit_rule(None, args.exits, lite, L)
+        rules["lite.json"] = exit_rule(None, None, lite, L)
     settings = {FULL: (L, {})} | {name: (L, rule) for name, rule in rules.items()}
     settings |= {f"first {n} layers": (n, {}) for n in exits}
     header = identity(args, model, work, settings)

@@ -201,8 +201,8 @@ def load_for_decoding(args):
     model, lite = load_meta(folder, getattr(torch, dtype), device).fuse(), read_lite(folder)
     for stored in (lite.get("exits", []), sorted(map(int, lite.get("thresholds", {})))):
         check_exits(stored, model.args.n_layers, f"{folder}/lite.json: exits")
-    if max(lite.get("shortlist", []), default=0) >= model.args.vocab_size:
-        raise InputError(f"{folder}/lite.json: its shortlist is of another model with more tokens; delete it")
+    if max(lite.get("shortlist", []), default=math.inf if args.shortlist else 0) >= model.args.vocab_size:
+        raise InputError(f"{folder}/lite.json: it has no shortlist, or one of another model with more tokens")
     return model, Tokenizer.load(folder, model.args.vocab_size), lite
 
 def tint(text, depth, n_layers, out):
@@ -236,7 +236,7 @@ def parse_args():
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
     parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="of softmax; 0: greedy")
-    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="draw from this share")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="with it: draw from this share")
     rest = "--ckpt --data --limit --exits --threshold --recompute --shortlist --dtype --device".split()
     for flag, default in {**dict.fromkeys(rest), "--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
         parser.add(flag, default)

@@ -332,8 +332,9 @@ def load_meta(folder, dtype=None, device="cpu"):
                          "consolidated.00.pth and all shards after it")
     shards = [load_tensors(path) for path in paths]
     for path, s in zip(paths, shards):
-        if not isinstance(s, dict) or {type(w) for w in s.values()} != {torch.Tensor}:
-            raise InputError(f"{path}: not a dictionary of tensors")
+        if not isinstance(s, dict) or {type(w) for w in s.values()} != {torch.Tensor} or any(
+                w.shape != shards[0].get(key, w).shape for key, w in s.items()):
+            raise InputError(f"{path}: not a dictionary of tensors, or not of the first shard's shapes")
     if args.vocab_size == -1:                            # no embeddings: no rows; the check below names them
         args.vocab_size = len(shards[0].get("tok_embeddings.weight", ()))
     with torch.device("meta"):                           # shapes without memory; weights are assigned below

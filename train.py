@@ -56,10 +56,9 @@ class AdamW(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):         # one fp32 gradient at a time
-                master, m, v, steps = self.state[p].values()
-                adamw([master], [wide(p.grad)], [m], [v], [], [steps], fused=True, amsgrad=False,
-                      maximize=False, beta1=0.9, beta2=0.95, eps=1e-8, lr=group["lr"],
-                      weight_decay=group["weight_decay"])
+                master, m, v, t = self.state[p].values()
+                adamw([master], [wide(p.grad)], [m], [v], [], [t], fused=True, amsgrad=False, maximize=False,
+                      beta1=0.9, beta2=0.95, eps=1e-8, lr=group["lr"], weight_decay=group["weight_decay"])
                 p.copy_(master)
 
 def optimizer_for(model, args, world=1):
@@ -68,8 +67,7 @@ def optimizer_for(model, args, world=1):
     params = sorted(model.parameters(), key=torch.numel, reverse=True)           # as ZeRO deals them out
     groups = [dict(params=[p], weight_decay=args.weight_decay * (p.dim() > 1),
                    faster=args.head_lr if p is model.output.weight else 1) for p in params]
-    return (AdamW(groups, lr=args.lr) if world == 1 else
-            ZeroRedundancyOptimizer(groups, optimizer_class=AdamW, lr=args.lr))
+    return AdamW(groups, lr=args.lr) if world == 1 else ZeroRedundancyOptimizer(groups, AdamW, lr=args.lr)
 
 def optimizer_state(model, optimizer):
     """{name: state} of the parameters whose state this rank keeps: what it saves."""
@@ -214,7 +212,8 @@ def resolve(parser):
     out = Path(args.out)
     if not args.resume:
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
-        if out.is_file() or not all(ours.fullmatch(p.name) for p in out.glob("*")):
+        small = lambda p: p.suffix != ".jsonl" or p.stat().st_size < 2000         # of a log: no step in it
+        if out.is_file() or not all(ours.fullmatch(p.name) and small(p) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if (args.epochs or args.limit) and not args.ckpt and not args.data:
             raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
@@ -222,8 +221,8 @@ def resolve(parser):
             raise InputError(f"--steps {args.steps} --epochs {args.epochs:g}: give one of them")
         return fill_in(args), 0
     path = find_checkpoint(out) / "trainer.json"
-    if not path.exists():
-        raise InputError(f"{path} is not there: {out} holds a model, but no run to go on with")
+    if not path.exists() or not (out / "latest").is_symlink():
+        raise InputError(f"{out}: no run to go on with; expected latest there, a link to a run's save")
     saved = read_json(path)
     saved["args"].setdefault("logged", sys.maxsize)      # an older save does not know: keep all
     args = parser.parse_args(namespace=Namespace(**saved["args"]))   # flags, if given, change what was saved
@@ -249,9 +248,9 @@ def load_examples(args):
 def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
+    if args.no_lite and args.exits or args.copying and (args.no_lite or not exits):
+        raise InputError("--exits and --copying are for exits, but there is none; drop them, or --no-lite")
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers, "--exits (or lite.json)")
-    if args.copying and not exits:
-        raise InputError("--copying is for exits, but there is none; drop it, or --no-lite")
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):
         raise InputError(f"--weights {args.weights}: expected {len(exits) + 1}, not all 0: for {exits}, last")

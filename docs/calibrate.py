@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import number, run  # noqa: E402
 from docs.report import rate, table  # noqa: E402
 from eval import flags, judge, measure, prepare  # noqa: E402
-from model import InputError  # noqa: E402
+from model import InputError, find_checkpoint  # noqa: E402
 
 MARGINS = (0.95, 0.8, 0.6, *np.arange(0.5, -0.01, -0.05))  # of the way from the target to 1, to aim at
 AIMS = (0.995, 0.99, 0.98, 0.95)                          # agreement, where K and V are exact
@@ -124,7 +124,7 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
     each exit would have said, and generation what copied K and V cost (`copying`); certified on the rest, by
     generating with them.  Candidates come from safe to cheap, and the first whose one-sided 95 % bound misses
     the target ends it.  As each is tried only if all before it passed, the 5 % hold for the one kept, however
-    many there are (fixed-sequence testing).
+    many there are (fixed-sequence testing).  (If bad prompts are rare, their answers must not be longer than any seen.)
     Returns what was tried, [dict].  how["recompute"]: nothing is copied, and so costs later tokens nothing.
     by_layers: thresholds for few layers, not for few bytes.  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
@@ -204,9 +204,11 @@ def main():
     args = parser.parse_args()
     if not args.ckpt or "RANK" in os.environ:
         raise InputError("thresholds are written into the lite.json of --ckpt: name it; and one process does it, without torchrun")
+    args.ckpt = find_checkpoint(args.ckpt).resolve()         # what latest means now; a run may go on beside this one
     model, tokenizer, lite, exits, work, how = prepare(args)
     references = on_references(model, tokenizer, work, exits, how)
-    tries = calibrate(model, [prompt for *_, prompt in work], exits, how, args.target, args.count == "layers")
+    prompts = [list(p) for p in dict.fromkeys(tuple(p) for *_, p in work)]                 # each counts once
+    tries = calibrate(model, prompts, exits, how, args.target, args.count == "layers")
     write_thresholds(args.ckpt / "lite.json", lite, exits, tries, how, references)
 
 

@@ -48,7 +48,7 @@ def rate(hits, counts, z=1.96):
         return [None, None, None, 0]
     p = sum(h for h, _ in pairs) / n
     between = sum((h - p * c) ** 2 for h, c in pairs) / n ** 2 * g / max(1, g - 1)
-    m = min(n, p * (1 - p) / between) if between else g
+    m = min(n, p * (1 - p) / between) if between > 1e-12 else g                # less is rounding
     centre, half = p + z * z / (2 * m), z * math.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return [p, (centre - half) / (1 + z * z / m), (centre + half) / (1 + z * z / m), n]
 

@@ -43,6 +43,11 @@ def truncated(name, size):
     return lambda d: (d / name).write_bytes((d / name).read_bytes()[:size])
 
 
+def shards_unlike(d):
+    shard = torch.load(d / "consolidated.00.pth")
+    torch.save(shard | {"layers.0.attention.wq.weight": shard["layers.0.attention.wq.weight"][:, 1:]}, d / "consolidated.01.pth")
+
+
 def second_shard_missing(d):
     state = torch.load(d / "consolidated.00.pth")
     halves = {k: w if w.dim() == 1 else w.chunk(2, 1 if "tok_emb" in k or ".wo." in k or ".w2." in k else 0)[0].clone()
@@ -66,7 +71,7 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(Code())), ["refused"]),
     (lambda d: torch.save(dict(x=Code()), d / "consolidated.00.pth"), ["refused"]),
     (lambda d: torch.save([1], d / "consolidated.00.pth"), ["not a dictionary of tensors"]),
-    (second_shard_missing, ["shard"]), (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), ["shard"]),
+    (shards_unlike, ["consolidated.01.pth", "first shard's shapes"]), (second_shard_missing, ["shard"]), (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), ["shard"]),
     (lambda d: (edit_params(vocab_size=-1)(d), torch.save({"norm.weight": torch.ones(48)}, d / "consolidated.00.pth")),
      ["layers.0.attention.wk.weight missing"]),
     (lambda d: (d / "consolidated.00.pth").unlink(), ["no weights"]), (hugging_face, ["Hugging Face", "params.json"]),
@@ -89,6 +94,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("generate", "--ckpt CKPT --exits 9 hi", ["1 to 5"]),
     ("generate", "--ckpt CKPT --exits x hi", ["--exits"]), ("generate", "--ckpt CKPT --temperature -1 hi", ["--temperature"]),
     ("generate", "--ckpt CKPT --top-p 0 hi", ["--top-p"]), ("generate", "--ckpt CKPT --max-new-tokens 0 hi", ["--max-new-tokens"]),
+    ("generate", "--ckpt CKPT --threshold 0.5 --shortlist 5 hi", ["lite.json", "no shortlist"]),
     ("generate", "--ckpt CKPT --dtype int8 hi", ["--dtype"]), ("generate", "--ckpt CKPT --device cuda:7 hi", ["cuda:7", "cpu"]),
     ("generate", "--ckpt CKPT --device tpux hi", ["tpux"]), ("generate", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]),
     ("eval", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]), ("eval", "--ckpt CKPT --threshold 2", ["--threshold", "2 given"]),
@@ -102,7 +108,9 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "65 of them at once"]),
     ("train", "--teacher DIR/nowhere --out DIR/new", ["nowhere", "no such folder"]),
     ("train", "--limit 5 --out DIR/new", ["--limit", "--data", "--steps"]),
-    ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]),
+    ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]), ("train", "--out DIR/cleared", ["is taken"]),
+    ("train", "--resume --out DIR/unlinked", ["no run to go on", "latest"]), ("train", "--resume --out DIR/unlinked/latest", ["no run to go on"]),
+    ("train", "--no-lite --exits 2,4 --out DIR/new", ["--exits", "no-lite"]),
     ("train", "--resume --out DIR/new", ["no such folder", "new"]), ("train", "--resume --out DIR/mine", ["mine"]), ("train", "--resume --out CKPT", ["no run to go on"]),
     ("train", "--exits 2,9 --out DIR/new", ["--exits"]), ("train", "--weights 1,2 --out DIR/new", ["--weights", "expected 4"]),
     ("train", "--batch-size 0 --out DIR/new", ["--batch-size"]), ("train", "--dtype float16 --out DIR/new", ["float16"]),
@@ -119,6 +127,10 @@ def place(tmp_path, checkpoint, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
+    (tmp_path / "cleared").mkdir()                        # a finished run, whose saves were moved elsewhere
+    (tmp_path / "cleared/log.jsonl").write_text('{"step": 1, "losses": [1.0, 2.0]}\n' * 99)
+    shutil.copytree(checkpoint, tmp_path / "unlinked/latest")        # a run, copied by something that follows links
+    (tmp_path / "unlinked/latest/trainer.json").write_text('{"step": 1, "args": {}}')
     return tmp_path
 
 

@@ -142,6 +142,9 @@ def test_rate_is_wilson_for_single_trials_and_wider_for_clusters():
     assert n10 == 1000 and (low10, high10) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
     p, low, high, n = R.rate([10] * 50, [10] * 50)                               # nothing varies: 50 prompts, not 500 draws
     assert p == high == 1 and low == pytest.approx(50 / (50 + 1.96 ** 2), rel=1e-9)
+    for h, c in ((63, 69), (98, 107), (9, 10)):          # one prompt is one draw, whatever rounding makes of h - p c
+        p, _, half = h / c, 1 + 1.96 ** 2, 1.96 * (h / c * (1 - h / c) + 1.96 ** 2 / 4) ** 0.5
+        assert R.rate([h], [c])[1:3] == pytest.approx([(p + 1.96 ** 2 / 2 - half) / _, (p + 1.96 ** 2 / 2 + half) / _], rel=1e-9)
     assert R.rate([0], [0]) == [None, None, None, 0]
 
 
@@ -410,6 +413,8 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
     before = json.loads((folder / "lite.json").read_text())
     call(monkeypatch, C, f"0.999 --ckpt {folder} --limit 20", fails="lite.json is as it was")       # too few to tell
+    (tmp_path / "few.json").write_text(json.dumps([dict(e, input="") for e in Q.embedded(12, split="test")]))
+    call(monkeypatch, C, f"0.9 --ckpt {folder} --data {f'{tmp_path}/few.json ' * 30}", fails="lite.json is as it was")       # still 12
     assert json.loads((folder / "lite.json").read_text()) == before
     capsys.readouterr()
     call(monkeypatch, C, " ".join(["0.95", "layers", "--ckpt", str(folder), "--limit", "240"]))
@@ -417,7 +422,8 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     assert "aim 99.00" in out and out.count("were K and V exact") == 2 and "tokens of reference answers" in out
     lite = json.loads((folder / "lite.json").read_text())
     found = lite["calibration"]
-    assert found["bound"] >= 0.95 <= found["agreement"] and found["layers saved"] > 0.6 and found["prompts"] == 120
+    assert found["bound"] >= 0.95 <= found["agreement"] and found["layers saved"] > 0.6
+    assert found["prompts"] == len({D.prompt_text(e) for e in Q.embedded(240, split="test")}) // 2 < 120         # two came twice
     assert lite["thresholds"] == found["thresholds"] and found["by_layers"] and lite["check"] == len(before["shortlist"])
     assert {key: lite[key] for key in before} == before
     call(monkeypatch, G, f"--ckpt {folder} --limit 1")   # takes them, and says so
@@ -426,10 +432,12 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
     for other in ("--shortlist 0", "--temperature 1", "--dtype bfloat16", "--exits 2", "--threshold 0.5", "--recompute"):        # not what was certified
         call(monkeypatch, G, f"--ckpt {folder} --limit 1 {other}")
         assert "95 % confidence" not in capsys.readouterr().err
-    for shortlist in ("", " --shortlist 0"):             # eval.py judges them with the list they were chosen with alone
+    rows = []
+    for shortlist in ("", " --shortlist 0", " --exits 4"):           # eval.py judges them with the list they were chosen with alone
         call(monkeypatch, E, f"--ckpt {folder} --limit 2 --threshold --out {tmp_path / f'r{len(shortlist)}.jsonl'}{shortlist}")
         figures = report(tmp_path / f"r{len(shortlist)}.jsonl", monkeypatch)
-        assert ("lite.json" in figures["sets"]["embedded"]["rows"]) == (not shortlist)
+        rows.append(figures["sets"]["embedded"]["rows"].get("lite.json", {}).get("layers saved %"))
+    assert rows[0] == rows[2] and rows[1] is None        # and all of them, whatever exits are looked at
     model, tokenizer = load_meta(folder, torch.float32), D.Tokenizer.load(folder)              # and on fresh questions they hold
     how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
     rule = {int(n): t for n, t in lite["thresholds"].items()}
@@ -539,14 +547,14 @@ def test_two_processes_share_the_prompts(tmp_path, monkeypatch, capsys):
 
 
 def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
-    (tmp_path / "v.jsonl").write_text('{"text": "Sort d a.", "category": "generic"}\n{"text": "Say hen.", "category": "other"}')
-    (tmp_path / "w.jsonl").write_text('{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Say 3."}')
-    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 'v.jsonl'} {tmp_path / 'w.jsonl'} --threshold 0.8 --max-new-tokens 8 "
+    (tmp_path / "s.v.jsonl").write_text('{"text": "Sort d a.", "category": "generic"}\n{"text": "Say hen.", "category": "other"}')
+    (tmp_path / "s.w.jsonl").write_text('{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Say 3."}')
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 's.v.jsonl'} {tmp_path / 's.w.jsonl'} --threshold 0.8 --max-new-tokens 8 "
          f"--out {tmp_path / 'r.jsonl'}")
     result, out = report(tmp_path / "r.jsonl", monkeypatch), capsys.readouterr().out
-    assert set(result["sets"]) == {"v", "w", "all sets"} and set(result["sets"]["w"]["groups"]) == {"Math", "level 3"}
-    assert result["teacher_forced"] == [] and result["sets"]["v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
-    assert "agreement % in v" in out and "exact match % in" not in out
+    assert set(result["sets"]) == {"s.v", "s.w", "all sets"} and set(result["sets"]["s.w"]["groups"]) == {"Math", "level 3"}
+    assert result["teacher_forced"] == [] and result["sets"]["s.v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
+    assert "agreement % in s.v" in out and "exact match % in" not in out
 
 
 @pytest.mark.parametrize("text, where", [('{"text": "a", "category": "b"}\n{"text": 3}', "line 2"), ("\n", "empty"), ('{"q": 1}', "line 1"), ('[{"x"', "line 1")])
