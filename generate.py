@@ -236,7 +236,7 @@ def parse_args():
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
     parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="of softmax; 0: greedy")
-    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="with it: draw from this share")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="when drawing, from this share")
     rest = "--ckpt --data --limit --exits --threshold --recompute --shortlist --dtype --device".split()
     for flag, default in {**dict.fromkeys(rest), "--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
         parser.add(flag, default)
