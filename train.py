@@ -131,7 +131,7 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1, teacher=None):
 def update(ddp, optimizer, rows, batch, step, args, rank=0, world=1, teacher=None):
     """Step `step` (from 0) of a run, on a global batch. Returns its losses [X+1] and the gradient's norm."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args) * group.get("faster", 1)
+        group["lr"] = learning_rate(step, args) * group["faster"]
     losses = gradients(ddp, rows, batch, args, step, rank, world, teacher).tolist()  # waits for the device
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip).item()
     check_finite([*losses, norm], step + 1, args)
@@ -186,7 +186,7 @@ def flags(doc=__doc__):
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
                "leave early in training, too; those after them attend to copies (not in the paper)")
-    parser.add("--head-lr", 1.0, type=number(float, 0), metavar="X", help="the output matrix's, times --lr")
+    parser.add("--head-lr", 1.0, type=number(float, 0), metavar="X", help="output matrix: its rate over --lr")
     parser.add("--teacher", metavar="DIR", help="learn what this model says, not labels (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
