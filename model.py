@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100                          # a label that carries no loss: prompts and pads
 PACK_FROM = 2 ** 17                    # weights; smaller matrices lie in the CPU's cache anyway
 LOGIT_ROWS = 512                       # positions whose logits, V numbers each, exist at a time in training
+torch.backends.cuda.enable_cudnn_sdp(False)        # cuDNN's attention plans anew, 0.1 s, for each length
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message is one line: found, expected, what to do."""

@@ -314,8 +314,7 @@ def join(args, step, device, world):
         torch.cuda.set_device(device)
     backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(**backend, timeout=timedelta(seconds=args.timeout))
-    seen = [None] * world
-    dist.all_gather_object(seen, (step, settings(args)))
+    dist.all_gather_object(seen := [None] * world, (step, settings(args)))
     if any(theirs != seen[0] for theirs in seen):
         raise InputError("the ranks differ in flags, data or saved step: machines must see the same")
 

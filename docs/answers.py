@@ -2,8 +2,9 @@
 
     python docs/answers.py alpaca_train.json --ckpt smolplain --out answers.json
 
-The file has the same examples in the same order.  Take it in place of the first, or beside it (and beside others, made
-with other seeds): train.py holds the same prompts out of all files, and validates on the first one's answers to them.
+The file has the same examples in the same order (with --times N each N times, with different answers).  Take it in
+place of the first, or beside it (and beside others, made with other seeds): train.py holds the same prompts out of all
+files, and validates on the first one's answers to them.
 It is for --teacher, which looks at text and not at labels: answers end at --max-new-tokens in the middle of a sentence,
 and as labels would teach just that.
 Prompts of one length go through the model together, at full depth.
@@ -54,12 +55,14 @@ def main():
     parser.add("--ckpt", required=True, help="the model that answers")
     parser.add("--out", "answers.json", metavar="FILE", help="file to write")
     parser.add("--temperature", 0.8, type=number(float, 0), metavar="X", help="of softmax; 0: the likeliest token")
+    parser.add("--times", 1, type=number(int, 1), metavar="N", help="answers to each prompt, one after another in the file")
     parser.add("--batch-size", 64, type=number(int, 1), metavar="N", help="prompts answered together, at most")
     parser.add("--dtype", "bfloat16", help="of weights")
     for flag, default in {"--limit": None, "--max-new-tokens": 128, "--seed": 0, "--device": None}.items():
         parser.add(flag, default)
     args = parser.parse_args()
-    examples, folder, device, out = read_examples(args.data, args.limit), find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
+    examples = [dict(e) for e in read_examples(args.data, args.limit) for _ in range(args.times)]
+    folder, device, out = find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
     if out.exists() or out.suffix != ".json":
         raise InputError(f"--out {out}: expected a name in .json that is not taken")
     out.parent.mkdir(parents=True, exist_ok=True)

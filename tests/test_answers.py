@@ -57,6 +57,10 @@ def test_the_file_has_the_same_examples_with_other_outputs(tmp_path, monkeypatch
         call(monkeypatch, flags[0], "--ckpt", TINY_FOLDER, "--limit", 9, "--temperature", 2, "--seed", seed, "--out", tmp_path / f"{name}.json")
     a, b, c = (read_examples(tmp_path / f"{name}.json") for name in "abc")
     assert len(a) == 9 and a == b != c
+    call(monkeypatch, flags[0], "--ckpt", TINY_FOLDER, "--limit", 9, "--temperature", 2, "--times", 3, "--out", tmp_path / "d.json")
+    d = read_examples(tmp_path / "d.json")
+    assert [e["instruction"] for e in d] == [e["instruction"] for e in a for _ in range(3)]
+    assert any(d[i]["output"] != d[i + 1]["output"] for i in range(0, 27, 3))
 
 
 def test_a_prompt_without_room_for_an_answer_is_named_first(tmp_path, monkeypatch):
