@@ -2,17 +2,21 @@
 
     python docs/calibrate.py 0.98 --ckpt lite7b --data alpaca_val.json
 
-Leaving with another token than the last layer's is given a price.  Every price has its best thresholds
-(`best_thresholds`), a higher one safer ones.  Which price to take is a matter of statistics (`calibrate`).
+How likely an exit is wrong at a confidence is a curve (`fitted`).  Leaving with another token than the last layer's
+is given a price.  Every price has its best thresholds (`best_thresholds`), a higher one safer ones.  Which price to
+take is a matter of statistics (`calibrate`).
 Two more tables tell what exits would save if copies were exact: on the model's own answers, and on references.
 """
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,9 +60,31 @@ def best_thresholds(d, price):
     return t
 
 
+def fitted(d):
+    """d, where wrong (N, X), 0 or 1, has become how likely it is at that confidence: for each exit a logistic curve in
+    log(sure / (1 - sure)) (Platt, 1999).  Few sure tokens are wrong, and thresholds laid around just these would suit no
+    others.  Where there is little to learn from, the curve stays near 1 - sure: a confidence that means what it says.
+    (It is of all tokens.  Those that no earlier exit let go are wrong a little more often, so agreement ends below an aim.)"""
+    curves = []
+    for sure, wrong in zip(torch.tensor(d.sure).double().clamp(1e-6, 1 - 1e-6).T, torch.tensor(d.wrong).double().T):
+        start = torch.tensor([0.0, -1.0]).double()       # sigmoid(-logit(sure)) = 1 - sure
+        w = start.clone().requires_grad_()
+        fit = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss():
+            fit.zero_grad()
+            far = F.binary_cross_entropy_with_logits(w[0] + w[1] * sure.logit(), wrong, reduction="sum") + (w - start).square().sum() / 2
+            far.backward()
+            return far
+
+        fit.step(loss)
+        curves.append((w[0] + w[1] * sure.logit()).sigmoid().detach().numpy())
+    return SimpleNamespace(**vars(d) | dict(wrong=np.stack(curves, 1)))
+
+
 def wrongly(t, d):
-    """The share of tokens that leave, under thresholds t, with another token than the last layer's.  (Where d.wrong
-    counts what copying costs later tokens, too: the disagreements that a token brings about.)"""
+    """The share of tokens that leave, under thresholds t, with another token than the last layer's; by curves (`fitted`), the
+    share that is to be expected.  (Where d.wrong counts what copying costs later tokens, too: what a token brings about.)"""
     return (beyond(-1, t, d, 1) - beyond(-1, t, d)).mean()
 
 
@@ -93,9 +119,9 @@ def said(model, prompts, exits, how, what, given=None):
 
 
 def candidates(d, exits, single=False):
-    """Thresholds to choose from, the cheap ones first: the best for 200 prices (single: 200 quantiles), and seven between two."""
+    """Thresholds to choose from, the cheap ones first: the best for 202 prices (single: 200 quantiles), and seven between two."""
     path = ([np.full(len(exits), t) for t in np.quantile(d.sure, np.linspace(0, 1, 200))] if single else
-            [best_thresholds(d, price * d.cost[0] / exits[0]) for price in np.geomspace(0.1, 1e4, 200)])     # in layers
+            [best_thresholds(d, price * d.cost[0] / exits[0]) for price in (*np.geomspace(0.1, 1e4, 200), 1e5, 1e6)])        # in layers
     return [a + (b - a) * k / 8 for a, b in zip(path, path[1:]) for k in range(8)] + path[-1:]
 
 
@@ -104,18 +130,19 @@ def in_layers(d, exits, L):
     return SimpleNamespace(**vars(d) | dict(ask=0 * d.ask, cost=[*exits, L]))
 
 
-def without_copying(halves, exits, L, single=False):
-    """What early exit would be if K and V were exact, in layers: thresholds that run few layers at each of AIMS,
-    chosen on one half's tokens and tried on the other's, both ways; the oracle is that of eval.py.  [dict]"""
+def without_copying(halves, exits, L):
+    """What early exit would be if K and V were exact, in layers: thresholds that run few layers at each of AIMS, one an
+    exit and one for all, chosen on one half's tokens and tried on the other's, both ways; the oracle is eval.py's.  [dict]"""
     halves, rows = [in_layers(d, exits, L) for d in halves], []
-    every, n = [candidates(d, exits, single) for d in halves], sum(len(d.ask) for d in halves)
+    curves, n = [fitted(d) for d in halves], sum(len(d.ask) for d in halves)
+    every = {single: [candidates(d, exits, single) for d in curves] for single in (False, True)}
     oracle = sum(np.where(d.wrong, L, exits).min(1).sum() for d in halves)
-    for aim in AIMS:
-        tried = [(cheapest(c, d, aim), other) for c, d, other in zip(every, halves, halves[::-1])]
+    for single, aim in product(every, AIMS):
+        tried = [(cheapest(c, d, aim), other) for c, d, other in zip(every[single], curves, halves[::-1])]
         wrong, layers = (sum(f(t, d) * len(d.ask) for t, d in tried)
                          for f in (wrongly, lambda t, d: beyond(-1, t, d).mean()))
         rows.append(dict(aim=aim, tokens=n, agreement=1 - wrong / n, saved=1 - layers / n / L, oracle=1 - oracle / n / L,
-                         thresholds=[dict(zip(exits, t.tolist())) for t, _ in tried]))
+                         single=single, thresholds=[dict(zip(exits, t.tolist())) for t, _ in tried]))
     return rows
 
 
@@ -129,18 +156,19 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
     by_layers: thresholds for few layers, not for few bytes.  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
     alone, rest = (said(model, prompts[i::2], exits, how, what) for i, what in enumerate(("choose", "the rest")))
-    exact = without_copying((alone, rest), exits, L, single)
+    exact = without_copying((alone, rest), exits, L)
     alone = in_layers(alone, exits, L) if by_layers else alone
 
     def generated(t, prompts, what):
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
-    d, harm, exact_kv = alone, 0.0, how.get("recompute", False)
+    likely, harm, exact_kv = fitted(alone), 0.0, how.get("recompute", False)
+    d = likely
     for _ in range(0 if exact_kv else 2):                # what copying costs, and the thresholds that it leaves
         t = cheapest(candidates(d, exits, single), d, target)
         harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
-        d = SimpleNamespace(**vars(alone) | dict(wrong=alone.wrong + harm * (L - np.array(exits))))
+        d = SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + harm * (L - np.array(exits))))
     every = candidates(d, exits, single)
     for aim in (target + margin * (1 - target) for margin in MARGINS):
         if tries and not tries[-1]["certified"]:
@@ -183,8 +211,8 @@ def write_thresholds(path, lite, exits, tries, how, references):
     for rows, of in (tries[0]["exact"], ""), (references, " of reference answers"):
         if rows:
             table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
-                f"aim {100 * x['aim']:.2f}": [f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))]
-                for x in rows})
+                f"aim {100 * x['aim']:.2f}" + ", one for all" * x["single"]: [
+                    f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))] for x in rows})
     if not tries[0]["recompute"]:
         print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
