@@ -66,19 +66,19 @@ def fitted(d):
     others.  Where there is little to learn from, the curve stays near 1 - sure: a confidence that means what it says.
     (It is of all tokens.  Those that no earlier exit let go are wrong a little more often, so agreement ends below an aim.)"""
     curves = []
-    for sure, wrong in zip(torch.tensor(d.sure).double().clamp(1e-6, 1 - 1e-6).T, torch.tensor(d.wrong).double().T):
+    for x, wrong in zip(torch.tensor(d.sure).double().clamp(1e-6, 1 - 1e-6).logit().T, torch.tensor(d.wrong).double().T):
         start = torch.tensor([0.0, -1.0]).double()       # sigmoid(-logit(sure)) = 1 - sure
         w = start.clone().requires_grad_()
         fit = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss():
             fit.zero_grad()
-            far = F.binary_cross_entropy_with_logits(w[0] + w[1] * sure.logit(), wrong, reduction="sum") + (w - start).square().sum() / 2
+            far = F.binary_cross_entropy_with_logits(w[0] + w[1] * x, wrong, reduction="sum") + (w - start).square().sum() / 2
             far.backward()
             return far
 
         fit.step(loss)
-        curves.append((w[0] + w[1] * sure.logit()).sigmoid().detach().numpy())
+        curves.append((w[0] + w[1] * x).sigmoid().detach().numpy())
     return SimpleNamespace(**vars(d) | dict(wrong=np.stack(curves, 1)))
 
 
@@ -88,10 +88,12 @@ def wrongly(t, d):
     return (beyond(-1, t, d, 1) - beyond(-1, t, d)).mean()
 
 
-def cheapest(candidates, d, agreement):
-    """The candidate thresholds that cost least while at least so many tokens are the last layer's."""
-    good = [t for t in candidates if wrongly(t, d) <= 1 - agreement]
-    return min(good, key=lambda t: beyond(-1, t, d).mean()) if good else np.ones(d.sure.shape[1])
+def cheapest(candidates, d, *aims):
+    """For each agreement aimed at, the candidate thresholds that cost least while at least so many tokens are the last
+    layer's: [(X,)].  (Trying candidates takes longest, so each is tried once.)"""
+    tried = [(beyond(-1, t, d).mean(), wrongly(t, d), t) for t in candidates]
+    safest = (np.inf, 0.0, np.ones(d.sure.shape[1]))                 # nobody leaves
+    return [min((x for x in tried if x[1] <= 1 - aim), key=lambda x: x[0], default=safest)[2] for aim in aims]
 
 
 def copying(d, t, total, before=0.0):
@@ -135,10 +137,10 @@ def without_copying(halves, exits, L):
     exit and one for all, chosen on one half's tokens and tried on the other's, both ways; the oracle is eval.py's.  [dict]"""
     halves, rows = [in_layers(d, exits, L) for d in halves], []
     curves, n = [fitted(d) for d in halves], sum(len(d.ask) for d in halves)
-    every = {single: [candidates(d, exits, single) for d in curves] for single in (False, True)}
+    chosen = {single: [cheapest(candidates(d, exits, single), d, *AIMS) for d in curves] for single in (False, True)}
     oracle = sum(np.where(d.wrong, L, exits).min(1).sum() for d in halves)
-    for single, aim in product(every, AIMS):
-        tried = [(cheapest(c, d, aim), other) for c, d, other in zip(every[single], curves, halves[::-1])]
+    for single, (i, aim) in product(chosen, enumerate(AIMS)):
+        tried = [(thresholds[i], other) for thresholds, other in zip(chosen[single], halves[::-1])]
         wrong, layers = (sum(f(t, d) * len(d.ask) for t, d in tried)
                          for f in (wrongly, lambda t, d: beyond(-1, t, d).mean()))
         rows.append(dict(aim=aim, tokens=n, agreement=1 - wrong / n, saved=1 - layers / n / L, oracle=1 - oracle / n / L,
@@ -166,14 +168,14 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
     likely, harm, exact_kv = fitted(alone), 0.0, how.get("recompute", False)
     d = likely
     for _ in range(0 if exact_kv else 2):                # what copying costs, and the thresholds that it leaves
-        t = cheapest(candidates(d, exits, single), d, target)
+        t, = cheapest(candidates(d, exits, single), d, target)
         harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
         d = SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + harm * (L - np.array(exits))))
-    every = candidates(d, exits, single)
-    for aim in (target + margin * (1 - target) for margin in MARGINS):
+    aims = [target + margin * (1 - target) for margin in MARGINS]
+    for aim, t in zip(aims, cheapest(candidates(d, exits, single), d, *aims)):
         if tries and not tries[-1]["certified"]:
             break
-        t = cheapest(every, d, aim).tolist()
+        t = t.tolist()
         if tries and t == [*tries[-1]["thresholds"].values()]:
             continue
         told, total = generated(t, prompts[1::2], f"certify {aim:.4f}")

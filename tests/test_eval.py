@@ -258,8 +258,8 @@ def test_the_cheapest_that_agrees_enough():
     assert shares[0] < shares[-1] == 1
     for aim in (0.5, 0.9, 0.99, 1.0):
         want = min((naive(t, d)[0], i) for i, t in enumerate(every) if shares[i] >= aim)[1]
-        assert C.cheapest(every, d, aim) is every[want]
-    assert C.cheapest(every[:1], d, 0.99).tolist() == [1, 1]         # none: nobody leaves
+        assert C.cheapest(every, d, aim, 1.0)[0] is every[want]
+    assert C.cheapest(every[:1], d, 0.99)[0].tolist() == [1, 1]      # none: nobody leaves
 
 
 def test_copying_is_what_generation_lacks_beyond_wrong_exits():
