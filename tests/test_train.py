@@ -726,9 +726,17 @@ def test_ranks_with_different_data_are_refused(tmp_path):
 
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that still holds a tensor while Python ends takes the process down, now and then: exit code -6."""
-    code = (f"import atexit, os, runpy, sys; sys.argv[0] = 'train.py'; sys.path.insert(0, {str(ROOT)!r}); "
-            "atexit.register(lambda: print([open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')])); "
-            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    code = f"""
+import atexit, glob, runpy, sys
+sys.argv[0] = "train.py"; sys.path.insert(0, {str(ROOT)!r})
+def name(path):
+    try:
+        return open(path).read()
+    except OSError:                                      # it ended between the listing and the look
+        return ""
+atexit.register(lambda: print([name(path) for path in glob.glob("/proc/self/task/*/comm")]))
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
+"""
     (tmp_path / "listed.py").write_text(code)
     args = ["--steps", 2, "--batch-size", 8, "--val", 16, "--out", tmp_path / "run"]
     done = subprocess.run(torchrun(2, tmp_path / "listed.py", *args), env=ENV, capture_output=True, text=True, check=True)
