@@ -163,7 +163,8 @@ def flags(doc):
 
 def prepare(args):
     """Model, tokenizer, lite.json, the exits to look at, [(set, example, prompt)], and how to generate."""
-    sets = [(Path(p).name.split(".j")[0], e) for p in args.data or [] for e in read_examples(p, args.limit)]
+    alike = len({Path(p).stem for p in args.data or []}) < len({*(args.data or [])})      # then in full
+    sets = [(p if alike else Path(p).stem, e) for p in args.data or [] for e in read_examples(p, args.limit)]
     sets = sets or [("embedded", e) for e in embedded(args.limit or 1000, split="test")]
     model, tokenizer, lite = load_for_decoding(args)
     exits, room = list(exit_rule([1.0], args.exits, lite, model.args.n_layers)), model.args.max_seq_len
@@ -172,9 +173,8 @@ def prepare(args):
         raise InputError(f"all {len(sets)} prompts fill the context of {room} tokens; take shorter ones")
     if len(work) < len(sets) and os.environ.get("RANK", "0") == "0":
         print(f"{len(sets) - len(work)} prompts fill the context of {room} tokens: left out", file=sys.stderr)
-    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, frequent=frequent_tokens(args, lite),
-               recompute=args.recompute)
-    return model, tokenizer, lite, exits, work, how
+    how = dict(max_new_tokens=args.max_new_tokens, eos=tokenizer.eos, recompute=args.recompute)
+    return model, tokenizer, lite, exits, work, how | dict(frequent=frequent_tokens(args, lite))
 
 def main():
     """Answer what the file of answers lacks, under every setting, and tell what came out."""

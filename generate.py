@@ -141,14 +141,14 @@ class Decoder:
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=False, decoder=Decoder, **how):
-    """Yield (token, layers run) until eos, which is yielded too, or max_new_tokens.
+    """Yield (token, layers run) until eos, which is yielded too, max_new_tokens, or the end of the context.
     prompt is a list of ids, thresholds a dict {exit layer: threshold}: empty, or all 1, is ordinary LLaMA.
     verify: output as at full depth, whatever the exits are.  For `how`, see Decoder."""
-    if not all(isinstance(token, int) for token in prompt):
-        raise InputError("expected one prompt, a list of ints, not a batch or a tensor: exits are per token")
-    pos, remaining = len(prompt) - 1, max_new_tokens     # pos: of the newest token whose successor is unknown
+    if not all(isinstance(token, int) for token in prompt) or len(prompt) >= model.args.max_seq_len:
+        raise InputError("expected one prompt with room in the context, a list of ints: exits are per token")
+    pos, remaining = len(prompt) - 1, min(max_new_tokens, model.args.max_seq_len - len(prompt))
     thresholds = {n: t for n, t in (thresholds or {}).items() if t < 1}          # 1 never leaves: do not ask
-    state = decoder(model, prompt, len(prompt) + max_new_tokens, thresholds, **how)
+    state = decoder(model, prompt, len(prompt) + remaining, thresholds, **how)
     step, out = state.verify if verify else state.exit_early, state.prefill(prompt)
     while True:
         for token, depth in out:
@@ -157,16 +157,15 @@ def generate(model, prompt, max_new_tokens, thresholds=None, eos=None, verify=Fa
             if token == eos or not remaining:
                 return
         state.shortlist.add(token for token, _ in out)
-        pos += len(out)
+        pos += len(out)                                  # of the newest token, whose successor is unknown
         out = step(out[-1][0], pos)
 
 def answer(model, prompt, max_new_tokens, thresholds, each=lambda answer: None, **how):
     """Generate to the end and keep the books: a namespace of prompt and tokens (ids), exits (layers run per
     token), drafts (per round of --verify), prefill and decode (seconds).  each(answer) follows a token."""
-    room = min(max_new_tokens, model.args.max_seq_len - len(prompt))
     a = SimpleNamespace(prompt=prompt, tokens=[], exits=[], drafts=[], prefill=0.0, decode=0.0)
     clock = time.perf_counter()
-    for token, depth in generate(model, prompt, room, thresholds, drafts=a.drafts, **how):
+    for token, depth in generate(model, prompt, max_new_tokens, thresholds, drafts=a.drafts, **how):
         seconds = time.perf_counter() - clock            # of generate alone, not of each()
         a.prefill, a.decode = (a.prefill, a.decode + seconds) if a.tokens else (seconds, 0.0)
         a.tokens.append(token)
@@ -253,8 +252,8 @@ def main():
     texts += [(raw := args.raw.encode(errors="replace").decode(), raw)] if args.raw is not None else []
     model, tokenizer, lite = load_for_decoding(args)
     L, thresholds = model.args.n_layers, exit_rule(args.threshold, args.exits, lite, model.args.n_layers)
-    if args.verify and not any(t < 1 for t in thresholds.values()):
-        raise InputError("--verify lets exits draft, but none has a threshold below 1; try --threshold 0.6")
+    if args.verify and (args.recompute or not any(t < 1 for t in thresholds.values())):
+        raise InputError("--verify drafts by exits: give a --threshold below 1, 0.6 say, and no --recompute")
     prompts = [(title, tokenizer.encode(text, bos=True)) for title, text in texts]
     if (longest := max(len(ids) for _, ids in prompts)) >= model.args.max_seq_len:
         raise InputError(f"prompt: {longest} tokens fill the context, {model.args.max_seq_len}; shorten it")
@@ -269,12 +268,12 @@ def main():
         return
     rule = "  ".join(tint(f"{n} ({t:g})", n, L, sys.stderr) for n, t in thresholds.items()) or "full depth"
     print(f"exits (thresholds): {rule}", file=sys.stderr)
-    here = dict(dtype=str(model.output.weight.dtype), thresholds={f"{n}": t for n, t in thresholds.items()},
-                recompute=args.recompute)
+    told, here = lite.get("calibration", {}), dict(dtype=str(model.output.weight.dtype), thresholds={
+        f"{n}": t for n, t in thresholds.items()}, recompute=args.recompute)
     as_measured = args.shortlist is None and args.raw is None and not args.verify and not args.temperature
-    if as_measured and here.items() <= lite.get("calibration", {}).items():          # all as it was there
-        print("thresholds of lite.json, for {target:.1%} agreement; measured: {agreement:.1%}, and at least "
-              "{bound:.1%} with 95 % confidence".format_map(lite["calibration"]), file=sys.stderr)
+    if as_measured and here.items() <= told.items() and "max_new_tokens" in told:    # all as it was there
+        print("thresholds of lite.json, for {target:.1%} agreement; answers up to {max_new_tokens} tokens: "
+              "{agreement:.1%}, at least {bound:.1%} with 95 % confidence".format_map(told), file=sys.stderr)
     answers = []
     for title, ids in prompts:
         print(f"\n> {title}", flush=True)

@@ -32,6 +32,7 @@ MACHINE = {"out", "resume", "device", "timeout"}     # may differ on --resume
 LAYOUT = {"micro_batch_size", "activation_checkpointing"}            # may, too: this changes rounding alone
 TINY = ModelArgs(dim=96, n_layers=8, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=256)
 RECIPES = {  # flag: from nothing on the embedded set; with --ckpt, Stanford Alpaca's for 7B; type; meaning
+    "--layers": (TINY.n_layers, None, number(int, 1), "of the model; one in --ckpt has its own"),
     "--steps": (2800, None, number(int, 1), "optimizer steps; with --data, in place of --epochs"),
     "--epochs": (None, 3, number(float, 0.001, 1000), "passes over --data"),
     "--batch-size": (32, 128, number(int, 1), "sequences per step, over all ranks"),
@@ -181,7 +182,6 @@ def flags(doc=__doc__):
     parser.add("--out", "out", metavar="DIR", help="folder to write the run to")
     parser.add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
-    parser.add("--layers", TINY.n_layers, type=number(int, 1), metavar="N", help="of a model from nothing")
     for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
     parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
@@ -217,8 +217,9 @@ def resolve(parser):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if (args.epochs or args.limit) and not args.ckpt and not args.data:
             raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
-        if args.steps and args.epochs:
-            raise InputError(f"--steps {args.steps} --epochs {args.epochs:g}: give one of them")
+        for a, b in ("steps", "epochs"), ("layers", "ckpt"):
+            if (x := vars(args)[a]) and (y := vars(args)[b]):
+                raise InputError(f"--{a} {x} --{b} {y}: give one of them")
         return fill_in(args), 0
     path = find_checkpoint(out) / "trainer.json"
     if not path.exists() or not (out / "latest").is_symlink():

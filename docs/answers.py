@@ -7,11 +7,15 @@ place of the first, or beside it (and beside others, made with other seeds): tra
 files, and validates on the first one's answers to them.
 It is for --teacher, which looks at text and not at labels: answers end at --max-new-tokens in the middle of a sentence,
 and as labels would teach just that.
-Prompts of one length go through the model together, at full depth.
+Prompts of one length go through the model together, at full depth.  Answers are kept in FILE.part as they come; the
+same command goes on where it was stopped.
 """
 import json
+import random
 import sys
+import zlib
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,6 +53,20 @@ def answer(model, prompts, room, temperature, eos, rng=None):
             tokens, cache, rows = tokens[going], cache[:, :, going], [rows[i] for i in going]
 
 
+def kept(path, header):
+    """{example: answer} that an interrupted run left in path; None if there was none, InputError if it was another.
+    A line that a kill cut short is none."""
+    lines = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    if not lines:
+        return None
+    if lines[0] != header:
+        raise InputError(f"{path}: left by another run (flags or data differ); repeat its command, or remove it")
+    return {int(i): text for line in lines[1:] for i, text in line.items()}
+
+
 def main():
     parser = Parser(__doc__)
     parser.add("data", metavar="FILE", help="examples to answer")
@@ -72,18 +90,28 @@ def main():
         alike[len(ids := tokenizer.encode(prompt_text(e), bos=True))].append((i, ids))
     if (longest := max(alike)) >= (context := model.args.max_seq_len):
         raise InputError(f"{args.data}: a prompt of {longest} tokens fills the context, {context}; take it out")
-    rng = torch.Generator(device).manual_seed(args.seed)
-    with tqdm(total=len(examples), unit="answer", disable=None) as bar:
+    part, tmp = (out.with_name(out.name + end) for end in (".part", ".tmp"))
+    header = json.loads(json.dumps(vars(args) | dict(device=None, crc=zlib.crc32(repr(examples).encode()))))
+    found = kept(part, header)
+    told, new = found or {}, found is None
+    with open(part, "w" if new else "a", buffering=1) as f, tqdm(total=len(examples), initial=len(told), unit="answer", disable=None) as bar:
+        f.write(f"{json.dumps(header)}\n" if new else "\n")          # \n ends a line that a kill cut short
         for n, rows in sorted(alike.items()):
-            room = min(args.max_new_tokens, context - n)
-            for batch in (rows[k:k + args.batch_size] for k in range(0, len(rows), args.batch_size)):
-                told = answer(model, [ids for _, ids in batch], room, args.temperature, tokenizer.eos, rng)
-                for (i, ids), tokens in zip(batch, told):
-                    examples[i]["output"] = tokenizer.decode(tokens, ids).strip()
+            for k in range(0, len(rows), args.batch_size):
+                batch = rows[k:k + args.batch_size]
+                if all(i in told for i, _ in batch):
+                    continue
+                rng = torch.Generator(device).manual_seed(random.Random(f"{args.seed} {n} {k}").getrandbits(63))
+                said = answer(model, [ids for _, ids in batch], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng)
+                texts = {i: tokenizer.decode(tokens, ids).strip() for (i, ids), tokens in zip(batch, said)}
+                f.write(json.dumps(texts) + "\n")                    # a batch at a time
+                told |= texts
                 bar.update(len(batch))
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(examples, indent=1) + "\n")
-    part.rename(out)
+    for i, e in enumerate(examples):
+        e["output"] = told[i]
+    tmp.write_text(json.dumps(examples, indent=1) + "\n")
+    tmp.rename(out)
+    part.unlink()
 
 
 if __name__ == "__main__":

@@ -185,16 +185,16 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         tries.append(dict(
             aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
             certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=harm, exact=exact, prompts=len(told),
-            by_layers=by_layers, recompute=exact_kv, tokens=n, dtype=str(model.output.weight.dtype),
+            by_layers=by_layers, recompute=exact_kv, tokens=n, max_new_tokens=how["max_new_tokens"], dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries
 
 
 def on_references(model, tokenizer, work, exits, how):
     """What exits would save were K and V exact (`without_copying`), on reference answers in place of the model's own,
-    cut where these would end: of [(set, example, prompt)] those that have one; [] if fewer than two have.  Its thresholds
+    cut where these would end: of [(set, example, prompt)] those that have one, the last of each prompt; [] if fewer than two have.  Its thresholds
     are chosen on references, and are not stored."""
-    work = [(name, e, p) for name, e, p in work if e["output"]]
+    work = [*{tuple(p): (name, e, p) for name, e, p in work if e["output"]}.values()]              # each prompt once
     if len(work) < 2:
         return []
     room = lambda p: min(how["max_new_tokens"], model.args.max_seq_len - len(p))  # noqa: E731

@@ -31,8 +31,9 @@ def kept(f, x, **more):
     return sum({s._cdata: s.nbytes() for s in kept if s._cdata not in own}.values())
 
 
-def plan(shape, args, world):
+def plan(shape, args, world, card=80 * GIB):
     """What training takes of the fullest of `world` cards, at most: {part: (bytes, why)}, with their sum.
+    card: its bytes; 3/40 of them, from 1 to 6 GiB, are left to what cannot be counted: a guess.
     On the meta device tensors have shapes alone, so nothing is allocated."""
     dtype = getattr(torch, args.dtype)
     with torch.device("meta"):
@@ -61,19 +62,19 @@ def plan(shape, args, world):
         logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * taught), "one exit's, "
                 f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed{'; what the teacher says of all' * taught}"),
         step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
-        reserve=(6 * GIB, "CUDA, NCCL, fragmentation"))
+        reserve=(min(max(card * 3 / 40, GIB), 6 * GIB), "CUDA, NCCL, fragmentation"))
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}
 
 
 def fit(shape, args, world, card):
     """Print the plan; InputError if it is more than the card's bytes."""
     shape = replace(shape, vocab_size=shape.vocab_size if shape.vocab_size > 0 else 32000)   # Meta's says -1
-    parts = plan(shape, args, world)
+    parts = plan(shape, args, world, card)
     print("GiB per card, at most:")
     for part, (n, why) in parts.items():
         print(f"{part:>12} {n / GIB:8.2f}  {why}")
     if (total := parts["sum"][0]) > card:
-        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n)["sum"][0] <= card), 0)
+        enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n, card)["sum"][0] <= card), 0)
         raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
                          f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
                          "--activation-checkpointing or a smaller --micro-batch-size or --max-len")

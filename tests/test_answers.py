@@ -63,6 +63,36 @@ def test_the_file_has_the_same_examples_with_other_outputs(tmp_path, monkeypatch
     assert any(d[i]["output"] != d[i + 1]["output"] for i in range(0, 27, 3))
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """What comes out is what an uninterrupted run writes, batch by batch, and no batch is answered twice."""
+    (tmp_path / "x.json").write_text(json.dumps(embedded(12, split="test")))
+    flags = (tmp_path / "x.json", "--ckpt", TINY_FOLDER, "--temperature", 2, "--batch-size", 2, "--max-new-tokens", 6)
+    call(monkeypatch, *flags, "--out", tmp_path / "whole.json")
+    batches, original = [], A.answer
+
+    def dies(*args):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(args[1])
+        return original(*args)
+
+    out, part = tmp_path / "out.json", tmp_path / "out.json.part"
+    part.write_text('{"data": "x')                       # killed in the first line: nothing to go on with
+    monkeypatch.setattr(A, "answer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, *flags, "--out", out)
+    lines = part.read_text().splitlines()
+    assert len(lines) == 4 and not out.exists()
+    part.write_text("\n".join(lines)[:-9])               # and in the middle of the third batch
+    with pytest.raises(InputError, match="another run"):
+        call(monkeypatch, *flags, "--seed", 1, "--out", out)
+    monkeypatch.setattr(A, "answer", lambda *args: batches.append(args[1]) or original(*args))
+    call(monkeypatch, *flags, "--out", out)
+    assert read_examples(out) == read_examples(tmp_path / "whole.json") and not part.exists()
+    del batches[2]                                       # the line of which was cut short: answered again
+    assert len(batches) > 5 and all(batches.count(b) == 1 for b in batches)
+
+
 def test_a_prompt_without_room_for_an_answer_is_named_first(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(json.dumps([dict(instruction="word " * 300, output="?")]))
     with pytest.raises(InputError, match="fills the context, 256"):

@@ -1,4 +1,6 @@
 """What a user can get wrong: one line on stderr naming what, where and what to do; exit code 2; nothing overwritten."""
+import argparse
+import importlib
 import json
 import os
 import pickle
@@ -105,6 +107,8 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--ckpt CKPT --data DIR/koala.jsonl --max-len 40 --val 1 --out DIR/new", ["output"]),
     ("train", "--epochs 2 --out DIR/new", ["--epochs", "--data", "--steps"]),
     ("train", "--data DATA --steps 5 --epochs 2 --out DIR/new", ["--steps 5", "--epochs 2", "one of them"]),
+    ("train", "--ckpt CKPT --layers 4 --out DIR/new", ["--layers 4", "--ckpt ckpt", "one of them"]),
+    ("generate", "--ckpt CKPT --verify hi", ["--verify", "--threshold"]), ("generate", "--ckpt CKPT --verify --threshold 0.6 --recompute hi", ["--verify", "no --recompute"]),
     ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "65 of them at once"]),
     ("train", "--teacher DIR/nowhere --out DIR/new", ["nowhere", "no such folder"]),
     ("train", "--limit 5 --out DIR/new", ["--limit", "--data", "--steps"]),
@@ -168,7 +172,12 @@ def test_as_a_command_it_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs/plan", "docs/calibrate", "docs/report", "docs/answers"])
-def test_help_explains_every_flag(script):
-    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["data", "train", "generate", "eval", "docs.plan", "docs.calibrate", "docs.report", "docs.answers", "docs.project"])
+def test_help_explains_every_flag(script, monkeypatch):
+    done = subprocess.run([sys.executable, ROOT / f"{script.replace('.', '/')}.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "python" in done.stdout
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser: parsers.append(parser) or sys.exit())
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    assert len(parsers[0]._actions) > 1 and [a.dest for a in parsers[0]._actions if not a.help] == []

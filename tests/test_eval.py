@@ -356,7 +356,8 @@ def test_references_that_are_the_model_s_own_answers_tell_what_these_told(tiny):
         assert C.on_references(model, tokenizer, work, [2, 4, 6], how) == without
     assert C.on_references(model, tokenizer, work[7:8], [2, 4, 6], how) == []
     long = [1] * (model.args.max_seq_len - 3)            # it has room for no more than three tokens
-    assert C.on_references(model, tokenizer, [("", examples[0], long)] * 2, [2, 4, 6], how)[0]["tokens"] == 4
+    assert C.on_references(model, tokenizer, [("", examples[0], long), ("", examples[0], [2, *long[1:]])], [2, 4, 6], how)[0]["tokens"] == 4
+    assert C.on_references(model, tokenizer, work + work[:9], [2, 4, 6], how) == C.on_references(model, tokenizer, work, [2, 4, 6], how)        # no prompt in both halves
 
 
 def test_calibration_counts_what_copying_costs_later_tokens(tiny, monkeypatch):
@@ -444,7 +445,10 @@ def test_recompute_reaches_eval_and_project_from_their_flag_and_file(tmp_path, m
         counts[flag]["projected"] = capsys.readouterr().out
     for name in ("threshold 0.9", "oracle"):
         assert counts[""][name] < counts["--recompute"][name] < counts[""]["full depth"] == counts["--recompute"]["full depth"]
-    assert counts[""]["projected"] != counts["--recompute"]["projected"]
+    text = path.read_text()                              # the same answers, as if they had been given with copies
+    path.write_text(text.replace('"recompute": true', '"recompute": false', 1))
+    call(monkeypatch, P, str(path))
+    assert '"recompute": true' in text and capsys.readouterr().out != counts["--recompute"]["projected"]
 
 
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
@@ -476,11 +480,13 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
         figures = report(tmp_path / f"r{len(shortlist)}.jsonl", monkeypatch)
         rows.append(figures["sets"]["embedded"]["rows"].get("lite.json", {}).get("layers saved %"))
     assert rows[0] == rows[2] and rows[1] is None        # and all of them, whatever exits are looked at
+    call(monkeypatch, E, f"--ckpt {folder} --limit 2 --threshold --recompute --out {tmp_path / 'r.jsonl'}")        # nor beside what they were not chosen for
+    assert "lite.json" not in report(tmp_path / "r.jsonl", monkeypatch)["sets"]["embedded"]["rows"]
     model, tokenizer = load_meta(folder, torch.float32), D.Tokenizer.load(folder)              # and on fresh questions they hold
     how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
     rule = {int(n): t for n, t in lite["thresholds"].items()}
     told = [E.measure(model, tokenizer.encode(D.prompt_text(e), bos=True), 8, rule, how).numbers for e in Q.embedded(400, split="test")[240:]]
-    assert R.rate([a["agreed"] for a in told], [a["steps"] for a in told])[2] >= 0.95
+    assert R.rate([a["agreed"] for a in told], [a["steps"] for a in told])[0] >= 0.95
 
 
 @pytest.mark.parametrize("flags, where", [
@@ -499,7 +505,7 @@ def test_a_model_without_exits_is_evaluated_too(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     save_meta(tmp_path / "m", model, D.Tokenizer.load(ROOT / "tiny"), {})
     call(monkeypatch, E, f"--ckpt {tmp_path / 'm'} --data {ROOT / 'tiny' / 'test.jsonl.gz'} --limit 3 --max-new-tokens 5 --threshold --out {tmp_path / 'r.jsonl'}")
-    rows = report(tmp_path / "r.jsonl", monkeypatch)["sets"]["test"]["rows"]
+    rows = report(tmp_path / "r.jsonl", monkeypatch)["sets"]["test.jsonl"]["rows"]
     assert set(rows) == {"full depth", "oracle"} and rows["oracle"]["layers"][0] == 2
 
 
@@ -593,6 +599,10 @@ def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
     assert set(result["sets"]) == {"s.v", "s.w", "all sets"} and set(result["sets"]["s.w"]["groups"]) == {"Math", "level 3"}
     assert result["teacher_forced"] == [] and result["sets"]["s.v"]["rows"]["threshold 0.8"]["exact match %"] == [None] * 3
     assert "agreement % in s.v" in out and "exact match % in" not in out
+    (tmp_path / "x").mkdir()                             # a namesake is another set
+    shutil.copy(tmp_path / "s.w.jsonl", tmp_path / "x/s.v.jsonl")
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {tmp_path / 's.v.jsonl'} {tmp_path / 'x/s.v.jsonl'} --threshold --max-new-tokens 8 --out {tmp_path / 'q.jsonl'}")
+    assert set(report(tmp_path / "q.jsonl", monkeypatch)["sets"]) == {f"{tmp_path / 's.v.jsonl'}", f"{tmp_path / 'x/s.v.jsonl'}", "all sets"}
 
 
 @pytest.mark.parametrize("text, where", [('{"text": "a", "category": "b"}\n{"text": 3}', "line 2"), ("\n", "empty"), ('{"q": 1}', "line 1"), ('[{"x"', "line 1")])
@@ -603,7 +613,7 @@ def test_what_cannot_be_read_is_named_and_nothing_written(tmp_path, monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == ["v.jsonl"]
 
 
-def test_one_threshold_saves_two_fifths_of_the_layers_for_a_point(tiny):
+def test_one_threshold_saves_three_fifths_of_the_layers_for_a_point(tiny):
     model, tokenizer, lite = tiny
     how = dict(max_new_tokens=40, eos=tokenizer.eos, frequent=lite["shortlist"])
     settings = {R.FULL: (8, {}), "x": (8, dict.fromkeys([2, 4, 6], 0.9))}
@@ -611,7 +621,8 @@ def test_one_threshold_saves_two_fifths_of_the_layers_for_a_point(tiny):
              for e in Q.embedded(250, split="test")]
     result = R.report(lines, [2, 4, 6])["embedded"]
     row = result["rows"]["x"]
-    assert row["layers saved %"][0] >= 40 and row["exact - full depth's"][2] >= -1 and row["agreement %"][0] >= 98
+    gap, _, high = row["exact - full depth's"]           # of 250 questions: a point is within the interval, three are not the estimate
+    assert row["layers saved %"][0] >= 60 and high >= -1 and gap >= -3 and row["agreement %"][0] >= 99
     assert result["rows"]["oracle"]["layers saved %"][0] >= row["layers saved %"][0] - 1
     groups = {g: part["rows"]["x"]["layers"][0] for g, part in result["groups"].items()}
     assert groups["reverse 3"] < groups["reverse 6"] and groups["sort 3"] < groups["jump 4"]       # harder: deeper

@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -369,6 +370,15 @@ def test_a_batch_is_refused_in_one_line(model):
         run(model, 3, prompt=[PROMPT, PROMPT])
 
 
+@pytest.mark.parametrize("thresholds, verify", [({}, False), ({2: 0.3, 4: 0.3}, False), ({2: 0.3, 4: 0.3}, True)])
+def test_the_context_is_the_end(model, thresholds, verify):
+    """As many tokens as there are positions left, however many were asked for; without one it is refused."""
+    room = model.args.max_seq_len - len(PROMPT)
+    assert run(model, 10 * room, thresholds, verify=verify) == run(model, room, thresholds, verify=verify) and len(run(model, 10 * room, thresholds)[0]) == room
+    with pytest.raises(InputError, match="room in the context"):
+        run(model, 3, prompt=[5] * model.args.max_seq_len)
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_no_step_copies_or_allocates_the_cache(verify, monkeypatch):
     """The largest tensor that any operation of a step makes does not grow with the context as the cache does."""
@@ -446,6 +456,17 @@ def test_recompute_comes_by_flag_or_with_thresholds_that_were_chosen_for_it(tmp_
         command(monkeypatch, capsys, "--ckpt", str(folder), "--limit", "1", *flags.split())
     command(monkeypatch, capsys, "--ckpt", str(TINY_FOLDER), "--limit", "1")
     assert seen == [True, False, True, False]
+
+
+def test_verify_draft_seed_and_top_p_reach_decoding_from_their_flags(monkeypatch, capsys):
+    """--verify says what full depth says, in as few rounds as --draft allows; draws follow --seed, and the narrowest nucleus is greedy."""
+    ask = lambda *flags: command(monkeypatch, capsys, "--ckpt", TINY_FOLDER, "--limit", 4, *flags)  # noqa: E731
+    plain, drafted = ask(), [ask("--verify", "--threshold", 0.3, "--draft", n) for n in (1, 4)]
+    counts = [[int(n) for n in re.search(r"(\d+) drafted in (\d+) rounds", out.err).groups()] for out in drafted]
+    assert all(out.out == plain.out for out in drafted) and "drafted" not in plain.err
+    assert 0 < counts[0][0] <= counts[0][1] > counts[1][1] and counts[1][0] > counts[1][1]
+    hot = [ask("--temperature", 3, "--seed", seed).out for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2] and ask("--temperature", 3, "--seed", 1, "--top-p", 1e-6).out == plain.out != hot[0]
 
 
 def test_tints_differ_by_exit_and_spare_full_depth_and_files(monkeypatch):
