@@ -54,15 +54,13 @@ def answer(model, prompts, room, temperature, eos, rng=None):
 
 
 def kept(path, header):
-    """{example: answer} that an interrupted run left in path; None if there was none, InputError if it was another.
+    """{example: answer} that an interrupted run left in path, maybe none; InputError if it was another run.
     A line that a kill cut short is none."""
     lines = []
     for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
         with suppress(ValueError):
             lines.append(json.loads(line))
-    if not lines:
-        return None
-    if lines[0] != header:
+    if lines and lines[0] != header:
         raise InputError(f"{path}: left by another run (flags or data differ); repeat its command, or remove it")
     return {int(i): text for line in lines[1:] for i, text in line.items()}
 
@@ -92,10 +90,9 @@ def main():
         raise InputError(f"{args.data}: a prompt of {longest} tokens fills the context, {context}; take it out")
     part, tmp = (out.with_name(out.name + end) for end in (".part", ".tmp"))
     header = json.loads(json.dumps(vars(args) | dict(device=None, crc=zlib.crc32(repr(examples).encode()))))
-    found = kept(part, header)
-    told, new = found or {}, found is None
-    with open(part, "w" if new else "a", buffering=1) as f, tqdm(total=len(examples), initial=len(told), unit="answer", disable=None) as bar:
-        f.write(f"{json.dumps(header)}\n" if new else "\n")          # \n ends a line that a kill cut short
+    told = kept(part, header)
+    with open(part, "a" if told else "w", buffering=1) as f, tqdm(total=len(examples), initial=len(told), unit="answer", disable=None) as bar:
+        f.write("\n" if told else f"{json.dumps(header)}\n")         # \n ends a line that a kill cut short
         for n, rows in sorted(alike.items()):
             for k in range(0, len(rows), args.batch_size):
                 batch = rows[k:k + args.batch_size]
