@@ -21,21 +21,22 @@ from tqdm import tqdm
 
 from data import Parser, collate, embedded, prompt_text, read_examples, run, tokenize
 from generate import Shortlist, answer, confidence, exit_rule, frequent_tokens, load_for_decoding
-from model import IGNORE, InputError, wide
+from model import IGNORE, LOGIT_ROWS, InputError, wide
 
 FULL, ORACLE = "full depth", "oracle"
 
 @torch.no_grad()
 def exit_losses(model, rows, exits, size):
     """Mean loss and accuracy over the response tokens of rows, per exit and last layer: two lists (X+1,)."""
-    total = count = 0
+    total, count = torch.zeros(len(exits) + 1, 2, dtype=torch.float64), 0
     for i in range(0, len(rows), size):
         tokens, labels = collate(rows[i:i + size], model.output.weight.device)
-        keep, scores = labels != IGNORE, []
-        for h in model.states(tokens, exits):            # one exit's logits (N, V) at a time
-            logits, want = model.logits(h[keep]), labels[keep]
-            scores.append([F.cross_entropy(logits, want, reduction="sum"), (logits.argmax(-1) == want).sum()])
-        total = total + torch.tensor(scores)             # (X+1, 2)
+        keep = labels != IGNORE
+        for x, h in enumerate(model.states(tokens, exits)):
+            for h, want in zip(h[keep].split(LOGIT_ROWS), labels[keep].split(LOGIT_ROWS)):   # as in training
+                logits = model.logits(h)
+                right = (logits.argmax(-1) == want).sum()
+                total[x] += torch.tensor([F.cross_entropy(logits, want, reduction="sum"), right])
         count += keep.sum().item()
     return (total / count).T.tolist()
 
@@ -124,7 +125,7 @@ def read_answers(path):
             lines.append(json.loads(line))
     if text and not (text.startswith('{"settings"') and all(
             isinstance(line, dict) and ("i" in line or line == lines[0]) for line in lines)):
-        raise InputError(f"{path}: holds no answers of eval.py, or another run's among them")
+        raise InputError(f"{path}: expected one run's answers (eval.py's, say), and nothing else")
     return lines[0] if lines else None, {line["i"]: line for line in lines if "i" in line}
 
 def collect(path, header, make, numbers):
@@ -133,12 +134,12 @@ def collect(path, header, make, numbers):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found, lines = read_answers(path)
     if found not in (None, header):
-        raise InputError(f"--out {path}: another run's (flags, data, checkpoint, code differ); take another")
+        raise InputError(f"{path}: another run's (flags, data, checkpoint, code differ); take another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as f:
         f.write(f"\n{json.dumps(header)}\n".encode() if found is None else b"\n")      # \n ends a broken line
         mine = [i for i in numbers if i % world == rank and i not in lines]
-        for i in tqdm(mine, desc="answers", unit="prompt", disable=rank > 0 or None):
+        for i in tqdm(mine, desc="answers", disable=rank > 0 or None):
             f.write(f"{json.dumps(dict(i=i, **make(i)))}\n".encode())
     return read_answers(path)[1]
 
@@ -148,7 +149,7 @@ def identity(args, model, work, rules):
     files = [p for p in sorted(args.ckpt.iterdir()) if ours.fullmatch(p.name)]
     files = [(p.name, p.stat().st_size, p.stat().st_mtime) for p in files]
     flags = vars(args) | dict(out=None, ckpt=str(args.ckpt), dtype=str(w.dtype), device=w.device.type)
-    code = [Path(__file__).with_name(f"{m}.py").read_text() for m in "data eval generate model train".split()]
+    code = [Path(__file__).with_name(f"{m}.py").read_text() for m in "data eval generate model".split()]
     crc = zlib.crc32(repr((work, files, code)).encode())
     return json.loads(json.dumps(dict(settings=flags, rules=rules, prompts=len(work), crc=crc)))   # as stored
 

@@ -95,13 +95,12 @@ def learning_rate(step, args):
     return args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * done))
 
 def distribute(model, exits, world):
-    """The model in DDP, where p.grad is a view of the buckets that ranks sum: gradients exist once. DDP lays
-    these out anew after a first backward pass; it comes here, without weight: resumed runs round alike."""
+    """The model in DDP, where p.grad is a view of the buckets that ranks sum: gradients exist once."""
     if world == 1:
         return model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     ddp(*collate([], model.output.weight.device), exits).sum().backward()
-    model.zero_grad()
+    model.zero_grad()            # DDP has now laid its buckets out for good: a resumed run will round alike
     return ddp
 
 def departures(rows, ids, step, args, device):
@@ -212,8 +211,8 @@ def resolve(parser):
     out = Path(args.out)
     if not args.resume:
         ours = re.compile(r"log\.jsonl|step-0|\..*\.tmp")          # of a run that died before its first save
-        small = lambda p: p.suffix != ".jsonl" or p.stat().st_size < 2000         # of a log: no step in it
-        if out.is_file() or not all(ours.fullmatch(p.name) and small(p) for p in out.glob("*")):
+        fresh = lambda p: p.suffix != ".jsonl" or "losses" not in p.read_text(errors="replace")     # no step
+        if out.is_file() or not all(ours.fullmatch(p.name) and fresh(p) for p in out.glob("*")):
             raise InputError(f"--out {out} is taken: go on with the run there (--resume), or choose another")
         if (args.epochs or args.limit) and not args.ckpt and not args.data:
             raise InputError("--epochs and --limit are for --data; the embedded set gives what --steps takes")
@@ -290,7 +289,8 @@ def main():
     rows, val = (tokenize(part, tokenizer, args.max_len, note) for part in examples)
     args.steps = args.steps or math.ceil(args.epochs * math.ceil(len(rows) / args.batch_size))
     args.save_every = args.save_every or math.ceil(args.steps / 5)
-    crc = zlib.crc32(repr((rows, val, *([teacher.norm.weight.tolist()] if teacher else ()))).encode())
+    taught_by = [w.flatten()[0].item() for w in (teacher.parameters() if teacher else ())]
+    crc = zlib.crc32(repr((rows, val, *taught_by)).encode())
     if args.resume and crc != args.crc:
         raise InputError(f"--data, --teacher: not what the run in {args.out} began with; restore it")
     args.crc, said = crc, Counter(i for ids, n_prompt in rows for i in ids[n_prompt:])
@@ -344,8 +344,7 @@ def train(ddp, model, teacher, optimizer, tokenizer, rows, val, args, step, rank
         halt = torch.tensor(max(caught), device=device)
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)     # the signal that any rank caught, on all of them
-        halt = halt.item()
-        due, args.logged = step % args.save_every == 0 or step == args.steps, log.tell()
+        halt, args.logged, due = halt.item(), log.tell(), step == args.steps or step % args.save_every == 0
         if due and not halt:                             # whoever sent a signal may not wait
             losses, right = exit_losses(model, val, args.exits, args.micro_batch_size)
             check_finite(losses, step, args)

@@ -8,22 +8,20 @@ files, and validates on the first one's answers to them.
 It is for --teacher, which looks at text and not at labels: answers end at --max-new-tokens in the middle of a sentence,
 and as labels would teach just that.
 Prompts of one length go through the model together, at full depth.  Answers are kept in FILE.part as they come; the
-same command goes on where it was stopped.
+same command goes on where it was stopped, and under torchrun its processes share the work.
 """
 import json
 import random
 import sys
-import zlib
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Parser, Tokenizer, number, pick_device, prompt_text, read_examples, run  # noqa: E402
+from eval import collect, identity  # noqa: E402
 from model import InputError, find_checkpoint, load_meta  # noqa: E402
 
 
@@ -53,18 +51,6 @@ def answer(model, prompts, room, temperature, eos, rng=None):
             tokens, cache, rows = tokens[going], cache[:, :, going], [rows[i] for i in going]
 
 
-def kept(path, header):
-    """{example: answer} that an interrupted run left in path, maybe none; InputError if it was another run.
-    A line that a kill cut short is none."""
-    lines = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with suppress(ValueError):
-            lines.append(json.loads(line))
-    if lines and lines[0] != header:
-        raise InputError(f"{path}: left by another run (flags or data differ); repeat its command, or remove it")
-    return {int(i): text for line in lines[1:] for i, text in line.items()}
-
-
 def main():
     parser = Parser(__doc__)
     parser.add("data", metavar="FILE", help="examples to answer")
@@ -78,34 +64,30 @@ def main():
         parser.add(flag, default)
     args = parser.parse_args()
     examples = [dict(e) for e in read_examples(args.data, args.limit) for _ in range(args.times)]
-    folder, device, out = find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
+    args.ckpt, device, out = find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
     if out.exists() or out.suffix != ".json":
         raise InputError(f"--out {out}: expected a name in .json that is not taken")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    model = load_meta(folder, getattr(torch, args.dtype), device)        # not fused for decoding, where rows are few
-    tokenizer, alike = Tokenizer.load(folder, model.args.vocab_size), defaultdict(list)
+    model = load_meta(args.ckpt, getattr(torch, args.dtype), device)     # not fused for decoding, where rows are few
+    tokenizer, alike = Tokenizer.load(args.ckpt, model.args.vocab_size), defaultdict(list)
     for i, e in enumerate(examples):
         alike[len(ids := tokenizer.encode(prompt_text(e), bos=True))].append((i, ids))
     if (longest := max(alike)) >= (context := model.args.max_seq_len):
         raise InputError(f"{args.data}: a prompt of {longest} tokens fills the context, {context}; take it out")
+    work = [(n, k, rows[k:k + args.batch_size]) for n, rows in sorted(alike.items()) for k in range(0, len(rows), args.batch_size)]
+
+    def make(j):
+        n, k, batch = work[j]
+        rng = torch.Generator(device).manual_seed(random.Random(f"{args.seed} {n} {k}").getrandbits(63))
+        said = answer(model, [ids for _, ids in batch], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng)
+        return dict(texts=[tokenizer.decode(tokens, ids).strip() for (_, ids), tokens in zip(batch, said)])
+
     part, tmp = (out.with_name(out.name + end) for end in (".part", ".tmp"))
-    header = json.loads(json.dumps(vars(args) | dict(device=None, crc=zlib.crc32(repr(examples).encode()))))
-    told = kept(part, header)
-    with open(part, "a" if told else "w", buffering=1) as f, tqdm(total=len(examples), initial=len(told), unit="answer", disable=None) as bar:
-        f.write("\n" if told else f"{json.dumps(header)}\n")         # \n ends a line that a kill cut short
-        for n, rows in sorted(alike.items()):
-            for k in range(0, len(rows), args.batch_size):
-                batch = rows[k:k + args.batch_size]
-                if all(i in told for i, _ in batch):
-                    continue
-                rng = torch.Generator(device).manual_seed(random.Random(f"{args.seed} {n} {k}").getrandbits(63))
-                said = answer(model, [ids for _, ids in batch], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng)
-                texts = {i: tokenizer.decode(tokens, ids).strip() for (i, ids), tokens in zip(batch, said)}
-                f.write(json.dumps(texts) + "\n")                    # a batch at a time
-                told |= texts
-                bar.update(len(batch))
-    for i, e in enumerate(examples):
-        e["output"] = told[i]
+    lines = collect(part, identity(args, model, work, None), make, range(len(work)))
+    if len(lines) < len(work):
+        return                                           # another process is not done; the last one writes
+    for j, line in lines.items():
+        for (i, _), text in zip(work[j][2], line["texts"]):
+            examples[i]["output"] = text
     tmp.write_text(json.dumps(examples, indent=1) + "\n")
     tmp.rename(out)
     part.unlink()

@@ -34,7 +34,7 @@ def project(shape, lines, setting, prompts, exits, L, recompute=False):
     for line, prompt in zip(lines, prompts):
         left = np.array(line["runs"][setting]["exits"], dtype=int)
         n = np.rint(left / L * shape.n_layers).astype(int)
-        a = SimpleNamespace(prompt=prompt, sizes=SHORTLIST + len(prompt) + np.arange(len(n)))
+        a = SimpleNamespace(prompt=prompt, sizes=SHORTLIST + len(prompt) + 1 + np.arange(len(n)))
         asks = sum((left >= exit for exit in exits), 0 * n)
         for key, x in costs(model, a, n, asks, shape.n_layers, recompute).items():
             total[key] = total.get(key, 0) + x

@@ -21,8 +21,8 @@ def shade(depth, layers):
     return f"rgb({int(235 - 170 * x)},{int(245 - 130 * x)},{int(225 - 60 * x)})", "#fff" if x > 0.7 else "#111"
 
 
-def text(x, y, s, colour, extra=""):
-    return f'<text x="{x:.1f}" y="{y}" fill="{colour}" {extra} xml:space="preserve">{escape(s)}</text>'
+def text(x, y, s, colour):
+    return f'<text x="{x:.1f}" y="{y}" fill="{colour}" xml:space="preserve">{escape(s)}</text>'
 
 
 def token(out, left, x, y, s, depth, layers):
@@ -48,8 +48,7 @@ def main():
         x = left
         for i, depth in enumerate(a["exits"]):
             whole = tokenizer.decode(a["tokens"][:i + 1], a["prompt_tokens"])
-            s = "·" if whole.endswith("\ufffd") else whole[len(shown):] or "⏎"       # a part of a character; the end
-            shown = shown if s == "·" else whole
+            s, shown = ("·", shown) if whole.endswith("\ufffd") else (whole[len(shown):] or "⏎", whole)    # a part of a character; the end
             x, y = token(out, left, x, y, s, depth, layers)
             depths.add(depth)
         y += LINE + 8

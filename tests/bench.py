@@ -265,7 +265,8 @@ def context(model):
 
 def main():
     parser = Parser(__doc__)
-    for flag in ("--ckpt", "--data", "--threshold", "--exits", "--shortlist", "--dtype", "--device"):
+    parser.add("--threshold", help="confidence above which to leave, for all exits or one each; 1: never (default: lite.json's, else 0.9)")
+    for flag in ("--ckpt", "--data", "--exits", "--shortlist", "--dtype", "--device"):
         parser.add(flag)
     parser.add("--draft", 4)
     parser.add_argument("--random", metavar="DIR", help="random weights in the shape of DIR/params.json: for timing alone")

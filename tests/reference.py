@@ -73,22 +73,25 @@ class Llama:
         self.keys, self.values = ([{} for _ in range(self.L)] for _ in range(2))
         return np.stack([self.head(self.states(t, pos)[-1]) for pos, t in enumerate(tokens)])
 
-    def early_exit(self, prompt, n_new, thresholds, eos=None):
-        """Greedy decoding with early exit and *eager* copying, LITE by its definition. Returns tokens and layers run."""
+    def early_exit(self, prompt, n_new, thresholds, said=None, frequent=None):
+        """Greedy decoding with early exit and *eager* copying, LITE by its definition. Returns tokens and layers run.
+        said: emit these tokens, not its own.  frequent: what an exit may choose, beside the tokens so far."""
         self.keys, self.values = ([{} for _ in range(self.L)] for _ in range(2))
         for pos, t in enumerate(prompt):
             h = self.states(t, pos)[-1]
         logits, tokens, exits, depth = self.head(h), [], [], self.L
         while True:
-            tokens.append(int(np.argmax(logits)))
+            tokens.append(said[len(tokens)] if said else int(np.argmax(logits)))
             exits.append(depth)
-            if tokens[-1] == eos or len(tokens) == n_new:
+            if len(tokens) == n_new:
                 return tokens, exits
             pos, h = len(prompt) + len(tokens) - 1, self.w["tok_embeddings.weight"][tokens[-1]]
             for layer in range(self.L):
                 h, depth = self.layer(layer, pos, h), layer + 1
                 if depth in thresholds and depth < self.L:
                     logits = self.head(h)
+                    if frequent is not None:
+                        logits[[t for t in range(len(logits)) if t not in {*frequent, *prompt, *tokens}]] = -np.inf
                     p = np.exp(logits - logits.max())
                     if p.max() / p.sum() > thresholds[depth]:
                         break

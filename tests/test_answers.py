@@ -1,5 +1,7 @@
 """docs/answers.py: many prompts at once, against one at a time; what it draws, against the softmax; its file, against its source."""
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -66,7 +68,8 @@ def test_the_file_has_the_same_examples_with_other_outputs(tmp_path, monkeypatch
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """What comes out is what an uninterrupted run writes, batch by batch, and no batch is answered twice."""
     (tmp_path / "x.json").write_text(json.dumps(embedded(12, split="test")))
-    flags = (tmp_path / "x.json", "--ckpt", TINY_FOLDER, "--temperature", 2, "--batch-size", 2, "--max-new-tokens", 6)
+    shutil.copytree(TINY_FOLDER, tmp_path / "m")
+    flags = (tmp_path / "x.json", "--ckpt", tmp_path / "m", "--temperature", 2, "--batch-size", 2, "--max-new-tokens", 6)
     call(monkeypatch, *flags, "--out", tmp_path / "whole.json")
     batches, original = [], A.answer
 
@@ -77,20 +80,30 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return original(*args)
 
     out, part = tmp_path / "out.json", tmp_path / "out.json.part"
-    part.write_text('{"data": "x')                       # killed in the first line: nothing to go on with
+    part.write_text('{"settings": {"da')                 # killed in the first line: nothing to go on with
     monkeypatch.setattr(A, "answer", dies)
     with pytest.raises(KeyboardInterrupt):
         call(monkeypatch, *flags, "--out", out)
-    lines = part.read_text().splitlines()
-    assert len(lines) == 4 and not out.exists()
-    part.write_text("\n".join(lines)[:-9])               # and in the middle of the third batch
+    assert part.read_text().count('{"i"') == 3 and not out.exists()
+    part.write_text(part.read_text()[:-9])               # and in the middle of the third batch
     with pytest.raises(InputError, match="another run"):
         call(monkeypatch, *flags, "--seed", 1, "--out", out)
+    when = (weights := tmp_path / "m/consolidated.00.pth").stat().st_mtime_ns
+    os.utime(weights)                                    # the folder has another model now
+    with pytest.raises(InputError, match="another run"):
+        call(monkeypatch, *flags, "--out", out)
+    os.utime(weights, ns=(when, when))
     monkeypatch.setattr(A, "answer", lambda *args: batches.append(args[1]) or original(*args))
     call(monkeypatch, *flags, "--out", out)
     assert read_examples(out) == read_examples(tmp_path / "whole.json") and not part.exists()
     del batches[2]                                       # the line of which was cut short: answered again
     assert len(batches) > 5 and all(batches.count(b) == 1 for b in batches)
+    monkeypatch.setenv("WORLD_SIZE", "2")                # two processes; the last one to be done writes
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        call(monkeypatch, *flags, "--out", tmp_path / "two.json")
+        assert (tmp_path / "two.json").exists() == (rank == "0")
+    assert read_examples(tmp_path / "two.json") == read_examples(out)
 
 
 def test_a_prompt_without_room_for_an_answer_is_named_first(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def place(tmp_path, checkpoint, monkeypatch):
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     (tmp_path / "cleared").mkdir()                        # a finished run, whose saves were moved elsewhere
-    (tmp_path / "cleared/log.jsonl").write_text('{"step": 1, "losses": [1.0, 2.0]}\n' * 99)
+    (tmp_path / "cleared/log.jsonl").write_text('{"step": 1, "losses": [1.0, 2.0]}\n')
     shutil.copytree(checkpoint, tmp_path / "unlinked/latest")        # a run, copied by something that follows links
     (tmp_path / "unlinked/latest/trainer.json").write_text('{"step": 1, "args": {}}')
     return tmp_path

@@ -243,7 +243,7 @@ def test_the_files_in_tiny_are_what_the_maker_makes(tokenizer):
 
 def test_the_embedded_set_is_seeded_and_endless():
     assert Q.embedded(50, seed=4) == Q.embedded(50, seed=4) != Q.embedded(50, seed=5)
-    assert len(Q.embedded(3000)) == 3000
+    assert Q.embedded(3000)[:50] == Q.embedded(50)
 
 
 def test_train_and_test_share_no_underlying_input():

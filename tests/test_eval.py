@@ -214,12 +214,12 @@ def test_a_bootstrapped_interval_has_its_coverage():
 # --- thresholds -------------------------------------------------------------------------------------------------------
 
 
-def told(seed, n=60, exits=(2, 4), last=6):
-    """What exits said of n tokens: sure ones are right more often, and deeper ones."""
+def told(seed, n=60):
+    """What exits 2 and 4 of 6 said of n tokens: sure ones are right more often, and deeper ones."""
     r = np.random.default_rng(seed)
-    sure = np.round(r.random((n, len(exits))) ** 0.5, 2)             # with ties
+    sure = np.round(r.random((n, 2)) ** 0.5, 2)                     # with ties
     wrong = (r.random(sure.shape) > sure ** 0.3).astype(int)
-    return SimpleNamespace(own=1.0, sure=sure, wrong=wrong, ask=np.full(n, 10.0), cost=[100 * e for e in exits] + [100 * last + 50])
+    return SimpleNamespace(own=1.0, sure=sure, wrong=wrong, ask=np.full(n, 10.0), cost=[200, 400, 650])
 
 
 def naive(t, d):
@@ -491,7 +491,7 @@ def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("flags, where", [
     ("0.9", "name it"), ("0.9 --ckpt TINY --limit 1", "found 0 prompts"), ("0.9 --ckpt TINY --limit 4 --max-new-tokens 1", "an answer of two"),
-    ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "none of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "another run"),
+    ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.jsonl", "none of --data"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/d.json", "in .jsonl"), ("--ckpt TINY --data DIR/d.jsonl --out DIR/five.jsonl", "one run's answers"),
     ("--ckpt TINY --data DIR/half.jsonl", "line 1")])
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, flags, where):
     (tmp_path / "d.jsonl").write_text('{"prompt": "Say hen."}\n')
@@ -531,9 +531,9 @@ def report(path, monkeypatch):
     return json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)             # no NaN
 
 
-def evaluate(folder, monkeypatch, capsys, *more):
+def evaluate(folder, monkeypatch, capsys):
     """eval.py on a few embedded questions: its lines, figures and output."""
-    call(monkeypatch, E, " ".join(["--ckpt", str(ROOT / "tiny"), "--limit", "6", "--threshold", "0.9", "--out", str(folder / "r.jsonl"), *more]))
+    call(monkeypatch, E, " ".join(["--ckpt", str(ROOT / "tiny"), "--limit", "6", "--threshold", "0.9", "--out", str(folder / "r.jsonl")]))
     lines, out = [], capsys.readouterr().out
     for s in (folder / "r.jsonl").read_text().splitlines():
         with suppress(ValueError):                                                                   # one may be broken
@@ -574,6 +574,7 @@ def test_a_report_overwrites_no_file_of_another_kind(tmp_path, monkeypatch, caps
     evaluate(tmp_path, monkeypatch, capsys)
     (tmp_path / "r.json").write_text('[{"instruction": "a", "output": "b"}]')
     call(monkeypatch, R, str(tmp_path / "r.jsonl"), fails="would be overwritten")
+    assert (tmp_path / "r.json").read_text() == '[{"instruction": "a", "output": "b"}]'
     (tmp_path / "no.jsonl").write_text("")
     call(monkeypatch, R, str(tmp_path / "no.jsonl"), fails="found no answers")
 
@@ -649,5 +650,5 @@ def test_a_projection_is_the_arithmetic_it_says():
         assert P.project(P.SHAPES["7B"], lines(n), "rule", prompt, [n], L)["layers"] == 1 - kept / 32
     assert P.project(P.SHAPES["13B"], lines(2), "rule", prompt, [2], 8)["layers"] == 0.75
     never = P.project(P.SHAPES["7B"], lines(30), "rule", prompt, [8, 12, 16, 20, 24, 28], 30)
-    asked = 6 * 4096 * sum(2048 + 10 + i for i in range(3))
+    asked = 6 * 4096 * sum(2048 + 11 + i for i in range(3))          # the first checked follows a first new token
     assert never["layers"] == 0 and never["bytes"] == pytest.approx(-asked / (3 * (32 * layer + head)))

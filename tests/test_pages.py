@@ -50,13 +50,14 @@ def test_the_pages_show_no_flag_that_no_script_defines():
     assert len(shown) > 40 and shown - defined - theirs == set()
 
 
-def test_the_readmes_python_says_what_the_command_says(monkeypatch, capsys, tokenizer):
+def test_the_readmes_python_says_what_the_command_says(monkeypatch, capsys, tokenizer, tmp_path):
     block = re.search(r"```python\n(.+?)```", PAGES[0].read_text(), re.S).group(1)
-    question = re.search(r'instruction="(.+?)"', block).group(1)
+    question = eval(re.search(r"prompt_text\((dict\(.+?\))\)", block).group(1))
+    (tmp_path / "q.json").write_text(json.dumps([question | dict(output="")]))
     monkeypatch.chdir(ROOT)
     exec(block, {})
     printed = capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["generate.py", "--ckpt", "tiny", "--threshold", "0.9", "--dtype", "bfloat16", "--json", question])
+    monkeypatch.setattr("sys.argv", ["generate.py", "--ckpt", "tiny", "--threshold", "0.9", "--dtype", "bfloat16", "--json", "--data", str(tmp_path / "q.json")])
     generate.main()
     told = json.loads(capsys.readouterr().out)
     assert printed == "".join(f"{n} {tokenizer.decode([token])}\n" for token, n in zip(told["tokens"], told["exits"]))

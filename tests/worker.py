@@ -1,4 +1,4 @@
-"""What the tests run under torchrun, and in one process for comparison: a few steps on a small float64 or fp32 model.
+"""What the tests run under torchrun, and in one process for comparison: a few steps on a small model.
 
     torchrun --nproc-per-node 2 worker.py RESULT DTYPE MICRO STEPS
 """
