@@ -63,13 +63,13 @@ class Decoder:
     """One prompt's generation: a KV cache, and the two ways to make the next tokens from one."""
 
     def __init__(self, model, prompt, room, thresholds, frequent=(), draft=4, temperature=0.0, top_p=1.0,
-                 rng=None, drafts=None, recompute=False):    # draft: at most a round; drafts: how many it was
+                 rng=None, drafts=None, recompute=False):    # drafts: a list, for how many each round had
         P, self.model, self.thresholds, self.longest, self.end = len(prompt), model, thresholds, draft, room
         self.distribution = lambda logits: distribution(logits, temperature, top_p)
         self.draw = lambda p: (torch.multinomial(p, 1, generator=rng) if temperature else p.argmax()).item()
         self.drafts, self.rng, self.recompute = [] if drafts is None else drafts, rng, recompute
         self.cache = model.new_cache(1, room)                        # (L, 2, 1, K, S, E), made once
-        self.left = self.cache.new_empty(1, room, model.args.dim)    # the state each position has reached
+        self.left = self.cache.new_empty(1, room, model.args.dim)    # states the tokens left with
         self.debt_from = [P] * len(model.layers)         # layer i holds K and V of the positions below this
         self.shortlist = Shortlist(model, frequent if thresholds else (), room)
         self.shortlist.add(prompt)
@@ -119,14 +119,14 @@ class Decoder:
         """Lossless: exits draft, the last layer decides: [(token, layers that chose it)], one or more.
         The first token to find a sure exit n sets the round's: the drafts after it stop at n as well, until
         one is unsure.  Then all rows go through the layers above n together.  (One that went alone would miss
-        its predecessors' K and V there.)  What is rejected lies beyond the new pos in the cache.
-        The rule for sampling: Leviathan et al., Chen et al. (2023); greedy is its special case."""
+        its predecessors' K and V there.)  What is rejected lies beyond the new pos in the cache.  A draft
+        stays with probability min(1, p / q), else max(0, p - q) is drawn from (Leviathan, Chen et al.)."""
         h, n, sure, logits = self.climb(token, pos, self.thresholds)
         rows, guesses, longest = [h], [], min(self.longest, self.end - pos - 2)     # one place for the last's
         while sure > self.thresholds.get(n, 1) and len(guesses) < longest:
             q = self.distribution(logits)
             guesses.append((self.draw(q), q))
-            h, _, sure, logits = self.climb(guesses[-1][0], pos + len(guesses), {n: 0})    # to n, in any case
+            h, _, sure, logits = self.climb(guesses[-1][0], pos + len(guesses), {n: 0})    # {n: 0}: up to n
             rows.append(h)
         h, chosen = torch.cat(rows, 1), []                           # (1, guesses + 1, D), all at n
         for block, kv in zip(self.model.layers[n:], self.cache[n:]):

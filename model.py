@@ -285,7 +285,7 @@ def find_checkpoint(folder):
 
 def read_lite(folder):
     """lite.json of a folder: exits, weights, max_seq_len, shortlist (ids), thresholds, and what these were
-    chosen for: check, of the shortlist's ids so many, recompute, and calibration; {} without a file."""
+    chosen for: check, how many of the shortlist's ids, recompute, and calibration; {} without a file."""
     path = Path(folder) / "lite.json"
     lite = read_json(path) if path.exists() else {}
     exits, thresholds, ids = lite.get("exits", []), lite.get("thresholds", {}), lite.get("shortlist", [])
