@@ -175,8 +175,8 @@ def test_one_new_token_and_a_prompt_of_one(model):
 
 
 def test_an_exit_draws_from_its_own_tempered_distribution(model):
-    """4000 draws of one token by exit 2, against its softmax in numpy; and depths ignore the temperature."""
-    n, P, first, reference = 4000, len(PROMPT), 7, Llama.of(model)
+    """1000 draws of one token by exit 2, against its softmax in numpy; and depths ignore the temperature."""
+    n, P, first, reference = 1000, len(PROMPT), 7, Llama.of(model)
     for pos, t in enumerate(PROMPT):
         reference.states(t, pos)
     x = reference.head(reference.states(first, P)[1])    # after two layers

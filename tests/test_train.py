@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from docs import plan as P
+import data
 import train as T
 import worker
 from conftest import ROOT, random_model
@@ -42,6 +43,19 @@ def train(*args, n=1, check=True):
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, cwd=ROOT)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What train.py, run in this process, says in its one line of error."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            data.run(T.main)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1
+        return err
+    return call
 
 
 def weights(out):
@@ -387,7 +401,7 @@ def test_a_resumed_run_has_the_same_weights_bit_for_bit(straight, tmp_path, name
     assert [e["step"] for e in log if "validation" in e] == [0, 3, 6]
 
 
-def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_path):
+def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_path, refused):
     args = ["--steps", 60, *TINY[2:6], "--val", 16, "--save-every", 60]
     train(*args, "--out", tmp_path / "straight")
     run = tmp_path / "run"
@@ -401,14 +415,12 @@ def test_signal_save_and_resume_end_in_the_weights_of_an_uninterrupted_run(tmp_p
     assert same(weights(run), weights(tmp_path / "straight"))
     part = run / "latest/optimizer.00.pt"
     part.write_bytes(part.read_bytes()[:5000])
-    done = train("--resume", "--out", run, check=False)
-    assert done.returncode == 2 and "optimizer.00.pt" in done.stderr and done.stderr.count("\n") == 1
+    assert "optimizer.00.pt" in refused("--resume", "--out", run)
     part.unlink()
-    done = train("--resume", "--out", run, check=False)
-    assert done.returncode == 2 and "0 of 75" in done.stderr and done.stderr.count("\n") == 1
+    assert "0 of 75" in refused("--resume", "--out", run)
 
 
-def test_a_run_with_a_teacher_resumes_to_the_same_weights_and_learns_from_it(straight, tmp_path):
+def test_a_run_with_a_teacher_resumes_to_the_same_weights_and_learns_from_it(straight, tmp_path, refused):
     teacher = tmp_path / "teacher"
     subprocess.run(["cp", "-r", str(ROOT / "tiny"), str(teacher)], check=True)
     train(*TINY, "--teacher", teacher, "--out", tmp_path / "straight")
@@ -420,8 +432,7 @@ def test_a_run_with_a_teacher_resumes_to_the_same_weights_and_learns_from_it(str
     path = teacher / "consolidated.00.pth"
     other = torch.load(path) | {(one := "layers.3.feed_forward.w1.weight"): 2 * torch.load(path)[one]}
     torch.save(other, path)
-    done = train("--resume", "--out", tmp_path / "changed", check=False)
-    assert done.returncode == 2 and "--teacher: not what" in done.stderr and done.stderr.count("\n") == 1
+    assert "--teacher: not what" in refused("--resume", "--out", tmp_path / "changed")
 
 
 def test_a_teacher_must_read_the_same_tokens(checkpoint, tokenizer):
@@ -557,11 +568,9 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
     assert (run / "log.jsonl").read_text().startswith(log)
 
 
-def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight):
-    run = straight / "one"
+def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight, refused):
     for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--teacher", "tiny"], "has None"), ([], "--resume")):
-        done = train(*args, "--out", run, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+        assert message in refused(*args, "--out", straight / "one")
 
 
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_save(tmp_path):
@@ -704,11 +713,10 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(tmp_path, monkeypatch):
     assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
 
 
-def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path):
+def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path, refused):
     subprocess.run(["cp", "-r", str(straight / "one"), str(tmp_path / "run")], check=True)
     (tmp_path / "run/latest").unlink()
-    done = train(*TINY, "--out", tmp_path / "run", check=False)
-    assert done.returncode == 2 and "is taken" in done.stderr
+    assert "is taken" in refused(*TINY, "--out", tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "step-3", "step-6"]
 
 
@@ -744,12 +752,11 @@ runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
     assert done.stdout.count("['python") == 2 and "gloo" not in done.stdout, done.stdout
 
 
-def test_a_resumed_run_refuses_other_data(tmp_path):
+def test_a_resumed_run_refuses_other_data(tmp_path, refused):
     rows = [dict(instruction=f"Say bed {i}.", output="bed") for i in range(9)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     args = ["--data", tmp_path / "d.json", "--val", 1, "--steps", 2, "--batch-size", 4, "--out", tmp_path / "run"]
     train(*args)
     train("--resume", "--micro-batch-size", 2, *args)    # the layout may change, and the same flags are no others
     (tmp_path / "d.json").write_text(json.dumps(rows[:8]))
-    done = train("--resume", "--out", tmp_path / "run", check=False)
-    assert done.returncode == 2 and "--data, --teacher: not what" in done.stderr and done.stderr.count("\n") == 1
+    assert "--data, --teacher: not what" in refused("--resume", "--out", tmp_path / "run")
