@@ -31,10 +31,10 @@ def exit_losses(model, rows, exits, size):
     total, count = torch.zeros(len(exits) + 1, 2, dtype=torch.float64), 0
     for i in range(0, len(rows), size):
         tokens, labels = collate(rows[i:i + size], model.output.weight.device)
-        keep = labels != IGNORE
+        keep = labels != IGNORE                          # LOGIT_ROWS of them at a time, as in training
         for x, h in enumerate(model.states(tokens, exits)):
-            for h, want in zip(h[keep].split(LOGIT_ROWS), labels[keep].split(LOGIT_ROWS)):   # as in training
-                logits = model.logits(h)
+            for part, want in zip(h[keep].split(LOGIT_ROWS), labels[keep].split(LOGIT_ROWS)):
+                logits = model.logits(part)
                 right = (logits.argmax(-1) == want).sum()
                 total[x] += torch.tensor([F.cross_entropy(logits, want, reduction="sum"), right])
         count += keep.sum().item()
