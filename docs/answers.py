@@ -11,6 +11,7 @@ Prompts of one length go through the model together, at full depth.  Answers are
 same command goes on where it was stopped, and under torchrun its processes share the work.
 """
 import json
+import os
 import random
 import sys
 from collections import defaultdict
@@ -81,16 +82,16 @@ def main():
         said = answer(model, [ids for _, ids in batch], min(args.max_new_tokens, context - n), args.temperature, tokenizer.eos, rng)
         return dict(texts=[tokenizer.decode(tokens, ids).strip() for (_, ids), tokens in zip(batch, said)])
 
-    part, tmp = (out.with_name(out.name + end) for end in (".part", ".tmp"))
+    part, tmp = (out.with_name(out.name + end) for end in (".part", f".{os.getpid()}.tmp"))
     lines = collect(part, identity(args, model, work, None), make, range(len(work)))
     if len(lines) < len(work):
-        return                                           # another process is not done; the last one writes
+        return                                           # another process is not done; the last one writes, or the last two
     for j, line in lines.items():
         for (i, _), text in zip(work[j][2], line["texts"]):
             examples[i]["output"] = text
     tmp.write_text(json.dumps(examples, indent=1) + "\n")
     tmp.rename(out)
-    part.unlink()
+    part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
