@@ -193,7 +193,7 @@ FLAGS = {  # those that several scripts have
     "--shortlist": dict(metavar="N", type=number(int, 0), help="check exits on N frequent tokens, of "
                         "lite.json's, and the context's; 0: on all V (default: its check, else its list)"),
     "--max-new-tokens": dict(type=number(int, 1), metavar="N", help="tokens generated at most"),
-    "--draft": dict(type=number(int, 1), metavar="N", help="of --verify: tokens drafted at a time, at most"),
+    "--draft": dict(type=number(int, 1), metavar="N", help="with --verify: tokens drafted a round, at most"),
     "--seed": dict(type=number(int, 0, 2**63 - 1), metavar="N", help="of everything random"),
     "--dtype": dict(choices=("float32", "bfloat16"), help="of weights (default: float32, on a GPU bfloat16)"),
     "--device": dict(help="cpu, cuda or cuda:N (default: cuda where there is one)")}
