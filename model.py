@@ -238,25 +238,24 @@ class Transformer(nn.Module):
                 yield h
         yield h
 
-    def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None):
+    def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None, choices=False):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
-        a sum over labelled positions: only the caller knows how many all ranks have.  The head sees these
-        alone, LOGIT_ROWS at a time, and again in the backward pass: no exit keeps its (N, V) logits for it.
-        teacher: a Transformer, frozen, to learn from instead; its (N, V) lives until the backward pass."""
+        a sum over labelled positions: only the caller can count all ranks'.  The head sees these alone,
+        LOGIT_ROWS at a time, and again in the backward pass: no exit keeps its (N, V) logits.  A frozen
+        teacher's probabilities (N, V) are learnt if given; with choices, by exits the last layer's choice."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
         targets, total = labels.flatten(), 0
-        loss = partial(checkpoint, self.cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        loss = partial(checkpoint, lambda h, aim: F.cross_entropy(self.logits(h), aim, reduction="sum"),
+                       use_reentrant=False, preserve_rng_state=False)
         states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
         knows = list(teacher.states(tokens))[-1].flatten(0, 1) if teacher else None
         for i in (targets != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
             target = teacher.logits(knows[i]).softmax(-1) if teacher else targets[i]
-            total = total + torch.stack([loss(h.index_select(0, i), target) for h in states])
+            choice = self.logits(states[-1][i]).argmax(-1) if choices else target
+            aims = [choice] * (len(states) - 1) + [target]
+            total = total + torch.stack([loss(h.index_select(0, i), aim) for h, aim in zip(states, aims)])
         return total
-
-    def cross_entropy(self, h, target):
-        """Sum of -log p(target) over the rows h (N, D) of a layer; target: ids (N,), or shares (N, V)."""
-        return F.cross_entropy(self.logits(h), target, reduction="sum")
 
 def lite_loss(losses, weights):
     """sum_i w_i L_i / sum_i w_i over exits and last layer, both (X+1,). Without exits: plain tuning."""

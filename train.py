@@ -121,7 +121,7 @@ def gradients(model, rows, batch, args, step=0, rank=0, world=1, teacher=None):
     for part in share(batch, rank, world, args.micro_batch_size):
         tokens, labels = collate([rows[i] for i in part], next(model.parameters()).device)
         leave = departures(rows, part, step, args, tokens.device)
-        losses = model(tokens, labels, args.exits, leave, teacher)
+        losses = model(tokens, labels, args.exits, leave, teacher, args.choices)
         (lite_loss(losses, args.weights) * world / count).backward()     # one: a backward per exit breaks DDP
         total = total + losses.detach()
     if world > 1:
@@ -187,6 +187,7 @@ def flags(doc=__doc__):
                "leave early in training, too; those after them attend to copies (not in the paper)")
     parser.add("--head-lr", 1.0, type=number(float, 0), metavar="X", help="output matrix: its rate over --lr")
     parser.add("--teacher", metavar="DIR", help="learn what this model says, not labels (not in the paper)")
+    parser.add("--choices", action="store_true", help="exits learn the last layer's pick (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
     parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
@@ -248,8 +249,8 @@ def load_examples(args):
 def choose_exits(args, shape, folder=None):
     """Fill in --exits (the checkpoint's lite.json may name them) and --weights, and check them."""
     exits = args.exits or folder and read_lite(folder).get("exits") or default_exits(shape.n_layers)
-    if args.no_lite and args.exits or args.copying and (args.no_lite or not exits):
-        raise InputError("--exits and --copying are for exits, but there is none; drop them, or --no-lite")
+    if args.no_lite and args.exits or (args.copying or args.choices) and (args.no_lite or not exits):
+        raise InputError("--exits, --copying, --choices: there is no exit for them; drop them, or --no-lite")
     args.exits = exits = check_exits([] if args.no_lite else exits, shape.n_layers, "--exits (or lite.json)")
     args.weights = args.weights or [1.0] * (len(exits) + 1)
     if len(args.weights) != len(exits) + 1 or not sum(args.weights):

@@ -110,9 +110,11 @@ def test_losses_are_sums_over_labelled_positions_in_closed_form():
     assert lite_loss(plain, [1.0]).item() == pytest.approx(ce.item(), rel=1e-12)       # no exits: plain tuning
 
 
+@pytest.mark.parametrize("choices", [False, True])
 @pytest.mark.parametrize("copies", [False, True])
-def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, copies):
-    """Exits and last learn probabilities that are constants: what the teacher says at full depth on its own, exact K and V."""
+def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, copies, choices):
+    """What is learnt are constants: the teacher's probabilities, at full depth on its own, exact K and V; by the exits,
+    with choices, the likeliest token of the model's own last layer."""
     monkeypatch.setattr("model.LOGIT_ROWS", 5)
     model, tokens, labels = random_model(dtype=torch.float64), torch.randint(96, (3, 12)), torch.randint(96, (3, 12))
     teacher = random_model(seed=1, dtype=torch.float64, n_layers=2).requires_grad_(False)
@@ -121,13 +123,27 @@ def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, cop
     leave[:, 4:9:2], leave[0, 5] = 2, 4
     leave = leave if copies else None
     p = teacher(tokens).softmax(-1)[keep]
-    want = torch.stack([-(p * model.logits(h)[keep].log_softmax(-1)).sum() for h in model.states(tokens, [2, 4], leave=leave)])
-    got, grads = model(tokens, labels, [2, 4], leave, teacher), []
+    logp = [model.logits(h)[keep].log_softmax(-1) for h in model.states(tokens, [2, 4], leave=leave)]
+    want = [-(p * x).sum() for x in logp]
+    if choices:
+        likeliest = [row.index(max(row)) for row in logp[-1].tolist()]
+        want[:2] = [-sum(x[i, token] for i, token in enumerate(likeliest)) for x in logp[:2]]
+    want = torch.stack(want)
+    got, grads = model(tokens, labels, [2, 4], leave, teacher, choices), []
     np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-12)
     for losses in (got, want):
         grads.append(torch.autograd.grad(lite_loss(losses, [1, 2, 5]), list(model.parameters())))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_exits_learn_choices_and_the_last_layer_labels():
+    model, tokens, labels = random_model(dtype=torch.float64), torch.randint(96, (3, 12)), torch.randint(96, (3, 12))
+    labels[:, :4] = -100
+    plain, chosen = model(tokens, labels, [2, 4]), model(tokens, labels, [2, 4], choices=True)
+    said = model(tokens).argmax(-1)
+    assert (said != labels)[labels != -100].any() and plain[-1] == chosen[-1]
+    torch.testing.assert_close(chosen[:2], model(tokens, torch.where(labels == -100, -100, said), [2, 4])[:2], rtol=1e-12, atol=0)
 
 
 def test_an_unlabelled_batch_weighs_nothing_and_is_not_nan():
@@ -151,7 +167,7 @@ def test_activation_checkpointing_changes_no_gradient():
     leave = torch.full((2, 16), math.inf)
     leave[:, 4:9] = 2
     teacher = random_model(n_layers=2, dtype=torch.float64).requires_grad_(False)
-    for how in ((None, None), (leave, teacher)):
+    for how in ((None, None), (leave, teacher), (leave, None, True)):
         grads = []
         for model.checkpoint_blocks in (False, True):
             model.zero_grad()

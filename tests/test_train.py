@@ -146,18 +146,19 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
 
 def test_a_step_trains_on_its_own_departures():
     model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
-    for step, copying, teacher in ((3, 0.0, None), (3, 0.5, None), (4, 0.5, None), (4, 0.5, random_model(1, torch.float64).requires_grad_(False))):
-        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, seed=1)
-        losses[step, copying, bool(teacher)] = T.gradients(model, rows, [5, 9, 30], args, step, teacher=teacher)
+    taught = random_model(1, torch.float64).requires_grad_(False)
+    for step, copying, teacher, choices in ((3, 0.0, None, False), (3, 0.5, None, False), (4, 0.5, None, False), (4, 0.5, taught, False), (4, 0.5, None, True)):
+        args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, choices=choices, seed=1)
+        losses[step, copying, bool(teacher), choices] = T.gradients(model, rows, [5, 9, 30], args, step, teacher=teacher)
         parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
-        want = sum(model(*labelled, args.exits, leave, teacher).detach() for labelled, leave in parts)
-        torch.testing.assert_close(losses[step, copying, bool(teacher)] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
-    assert len({x[-1].item() for x in losses.values()}) == 4 and len({x[0].item() for x in losses.values()}) == 2    # exit 2 sees no copy
+        want = sum(model(*labelled, args.exits, leave, teacher, choices).detach() for labelled, leave in parts)
+        torch.testing.assert_close(losses[step, copying, bool(teacher), choices] * sum(len(ids) - n for ids, n in (rows[i] for i in (5, 9, 30))), want)
+    assert len({x[-1].item() for x in losses.values()}) == 4 and len({x[0].item() for x in losses.values()}) == 3    # exit 2 sees no copy
 
 
 def test_the_mean_is_over_tokens_not_over_means():
     model, rows = random_model(dtype=torch.float64), worker.rows()
-    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0)
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0, choices=False)
     got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
     want, count = torch.zeros(3, dtype=torch.float64), 0
     for i in (0, 7, 13, 20, 31):
@@ -201,7 +202,7 @@ def test_adamw_is_torchs():
 def test_head_lr_moves_the_output_matrix_faster_and_nothing_else():
     """Against torch's AdamW, given the schedule's rates by hand."""
     a, b = (random_model(dtype=torch.float64).train() for _ in range(2))
-    args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 2.0], copying=0.0, micro_batch_size=8, weight_decay=0.1, lr=1e-2, head_lr=3.0,
+    args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 2.0], copying=0.0, choices=False, micro_batch_size=8, weight_decay=0.1, lr=1e-2, head_lr=3.0,
                            warmup=0.5, steps=4, clip=1e9)
     mine, head = T.optimizer_for(a, args), b.output.weight
     kinds = [[head], [p for p in b.parameters() if p.dim() > 1 and p is not head], [p for p in b.parameters() if p.dim() == 1]]
@@ -246,7 +247,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, head_lr=1.0, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, choices=False, micro_batch_size=16, weight_decay=0.1, lr=3e-3, head_lr=1.0, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
