@@ -110,7 +110,7 @@ def compare(model, tokenizer, name, e, prompt, settings, exits, how):
         exact = None if e["output"] is None else int(text == e["output"].strip())
         runs[setting] = dict(text=text, exits=a.exits[1:], exact=exact, **a.numbers,
                              similarity=F.cosine_similarity(a.pooled, full.pooled, 0).item())
-    columns = zip(*full.right or [full.agrees])          # per token: is each exit right? (None: best is L)
+    columns = zip(*full.right or [full.agrees])          # per token: is each exit right? (no exits: L)
     best = [next((n for n, ok in zip(exits, column) if ok), L) for column in columns]
     price = costs(model, full, best, np.array(best, dtype=int) < L, L, how.get("recompute"))  # one check each
     runs[ORACLE] = runs[FULL] | dict(exits=best, seconds=None, **price)

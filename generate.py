@@ -126,7 +126,7 @@ class Decoder:
         while sure > self.thresholds.get(n, 1) and len(guesses) < longest:
             q = self.distribution(logits)
             guesses.append((self.draw(q), q))
-            h, _, sure, logits = self.climb(guesses[-1][0], pos + len(guesses), {n: 0})    # {n: 0}: up to n
+            h, _, sure, logits = self.climb(guesses[-1][0], pos + len(guesses), {n: -1})    # -1: up to n
             rows.append(h)
         h, chosen = torch.cat(rows, 1), []                           # (1, guesses + 1, D), all at n
         for block, kv in zip(self.model.layers[n:], self.cache[n:]):
@@ -235,7 +235,7 @@ def parse_args():
     parser.add("--verify", action="store_true", help="lossless: exits only draft for the last layer")
     parser.add("--json", action="store_true", help="print results for machines, on the last lines of stdout")
     parser.add("--temperature", 0.0, type=number(float, 0), metavar="X", help="of softmax; 0: greedy")
-    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="when drawing, from this share")
+    parser.add("--top-p", 1.0, type=number(float, 1e-9, 1), metavar="X", help="share kept for --temperature")
     rest = "--ckpt --data --limit --exits --threshold --recompute --shortlist --dtype --device".split()
     for flag, default in {**dict.fromkeys(rest), "--draft": 4, "--max-new-tokens": 256, "--seed": 0}.items():
         parser.add(flag, default)

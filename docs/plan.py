@@ -87,8 +87,8 @@ def main():
     parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="in place of flags, as train.py passes them on a GPU")
     args = parser.parse_args()
     vars(args).update(args.settings)
-    if not args.ckpt:
-        raise InputError("--ckpt: expected the folder of a model; of it params.json is enough")
+    if not args.ckpt or args.resume:
+        raise InputError("expected --ckpt, the folder of a model (of it params.json is enough), and the run's own flags, not --resume")
     fill_in(args)
     shape = read_args(folder := find_checkpoint(args.ckpt))
     choose_exits(args, shape, folder)

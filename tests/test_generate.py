@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import generate as G
+from bench import Eager
 from conftest import random_model
 from data import TINY_FOLDER, embedded, prompt_text
 from model import InputError, load_meta
@@ -41,7 +42,7 @@ def test_no_exits_is_plain_greedy_llama(model):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_deferred_copying_equals_the_eager_definition(model, rule):
     tokens, exits = run(model, 50, rule)
-    assert (tokens, exits) == Llama.of(model).early_exit(PROMPT, 50, rule)
+    assert (tokens, exits) == Llama.of(model).early_exit(PROMPT, 50, rule) == run(model, 50, rule, decoder=Eager)
     counts = collections.Counter(exits[1:])
     assert len(counts) > 1 and counts[6] > 3                          # tokens leave early, and skipped layers are revisited
 
