@@ -48,10 +48,9 @@ def first_layers(model, n):
 
 @torch.inference_mode()
 def judge(model, a, frequent=(), exits=()):
-    """What an exact, uncached full-depth pass says of an answer of N+1 tokens, added to it: agrees (N,), does
-    it put each token after the first in its place; loss, -log p of all; pooled (D,), its mean last state;
-    sizes (N,), how many tokens a check chose among; sure and right (X, N), what every exit would have said
-    there: its confidence, and whether its choice is the last layer's."""
+    """What an exact, uncached full-depth pass says of an answer of N+1 tokens, added to it: agrees (N,), are
+    the tokens after the first its choices; loss, -log p of all; pooled (D,), its mean last state; sizes (N,),
+    how many tokens a check chose among; sure and right (X, N), each exit's confidence and agreement there."""
     ids, P, sizes = a.prompt + a.tokens, len(a.prompt), []
     few = Shortlist(model, frequent, len(ids))
     for token in ids[:-1]:

@@ -71,9 +71,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """nn.Linear without first values: every weight here is loaded, or drawn by init_weights."""
     packed = None                        # the weight once more, as `pack` lays it out for decoding
-
-    def reset_parameters(self):
-        pass
+    reset_parameters = lambda self: None
 
     def forward(self, x):
         return product(x, self.weight if self.packed is None else self.packed)
@@ -238,23 +236,26 @@ class Transformer(nn.Module):
                 yield h
         yield h
 
-    def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None, choices=False):
+    def forward(self, tokens, labels=None, exits=(), leave=None, teacher=None, choices=0.0):
         """Without labels: logits (B, T, V).  With labels (B, T), next tokens or IGNORE: losses (X+1,), each
         a sum over labelled positions: only the caller can count all ranks'.  The head sees these alone,
-        LOGIT_ROWS at a time, and again in the backward pass: no exit keeps its (N, V) logits.  A frozen
-        teacher's probabilities (N, V) are learnt if given; with choices, by exits the last layer's choice."""
+        LOGIT_ROWS at a time, and again in the backward pass: no exit keeps its (N, V) logits.  A teacher's
+        probabilities (N, V) replace labels.  choices: part of exits' losses on the last layer's top token."""
         if labels is None:
             return self.logits(list(self.states(tokens))[-1])
+
+        def cross_entropy(h, parts, *aims):
+            logits = self.logits(h)
+            return sum(x * F.cross_entropy(logits, aim, reduction="sum") for x, aim in zip(parts, aims) if x)
+        loss = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
         targets, total = labels.flatten(), 0
-        loss = partial(checkpoint, lambda h, aim: F.cross_entropy(self.logits(h), aim, reduction="sum"),
-                       use_reentrant=False, preserve_rng_state=False)
         states = [h.flatten(0, 1) for h in self.states(tokens, exits, leave=leave)]          # (B T, D) each
         knows = list(teacher.states(tokens))[-1].flatten(0, 1) if teacher else None
         for i in (targets != IGNORE).nonzero()[:, 0].split(LOGIT_ROWS):
             target = teacher.logits(knows[i]).softmax(-1) if teacher else targets[i]
             choice = self.logits(states[-1][i]).argmax(-1) if choices else target
-            aims = [choice] * (len(states) - 1) + [target]
-            total = total + torch.stack([loss(h.index_select(0, i), aim) for h, aim in zip(states, aims)])
+            aims = [((1 - choices, choices), target, choice)] * (len(states) - 1) + [((1,), target)]
+            total = total + torch.stack([loss(h.index_select(0, i), *aim) for h, aim in zip(states, aims)])
         return total
 
 def lite_loss(losses, weights):

@@ -183,14 +183,14 @@ def flags(doc=__doc__):
     parser.add("--weights", metavar="W,W..", type=number(float, 0, many=True), help="of the losses (all 1)")
     for flag, (tiny, ckpt, kind, meaning) in RECIPES.items():
         parser.add(flag, type=kind, help=f"{meaning} (default: {tiny}; with --ckpt: {ckpt})")
-    parser.add("--copying", 0.0, type=number(float, 0, 1), metavar="X", help="share of response tokens that "
-               "leave early in training, too; those after them attend to copies (not in the paper)")
+    part = dict(type=number(float, 0, 1), metavar="X")
+    parser.add("--copying", 0.0, **part, help="share of tokens that leave in training (not in the paper)")
     parser.add("--head-lr", 1.0, type=number(float, 0), metavar="X", help="output matrix: its rate over --lr")
     parser.add("--teacher", metavar="DIR", help="learn what this model says, not labels (not in the paper)")
-    parser.add("--choices", action="store_true", help="exits learn the last layer's pick (not in the paper)")
+    parser.add("--choices", 0.0, **part, help="share of exits' loss on last layer's pick (not in the paper)")
     parser.add("--no-lite", action="store_true", help="plain tuning: the last layer's loss alone")
     parser.add("--activation-checkpointing", action="store_true", help="compute blocks twice, to save memory")
-    parser.add("--warmup", 0.03, type=number(float, 0, 1), metavar="X", help="share of steps with rising lr")
+    parser.add("--warmup", 0.03, **part, help="share of steps with rising lr")
     parser.add("--clip", 1.0, type=number(float, 1e-9), metavar="X", help="largest norm of the gradient")
     parser.add("--save-every", type=number(int, 1), metavar="N", help="steps per save (default: a fifth)")
     parser.add("--timeout", 600.0, type=number(float, 1, 1e6), metavar="S", help="silence of a dead rank")

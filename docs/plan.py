@@ -47,8 +47,8 @@ def plan(shape, args, world, card=80 * GIB):
     block, n, state = kept(model.layers[0], h, source=source), sum(dealt), 12 if c < 4 else 8
     blocks, how = ((L * h.nbytes * (1 + bool(args.copying)) + block, "their inputs, and one block recomputed") if
                    args.activation_checkpointing else (L * block, "see --activation-checkpointing"))
-    taught = bool(args.teacher)
-    teacher = 0
+    taught, teacher = bool(args.teacher), 0
+    copies = 3 + (0 < args.choices < 1)                  # log-softmax, its gradient, the logits'; two aims: one more
     if taught:
         known = replace(read_args(find_checkpoint(args.teacher)), vocab_size=shape.vocab_size)
         with torch.device("meta"):
@@ -59,8 +59,8 @@ def plan(shape, args, world, card=80 * GIB):
         optimizer=(max(dealt) * state, f"{state} bytes, fp32 {'master and ' * (c < 4)}moments, for the "
                    f"{max(dealt):,} weights of the fullest rank"),
         activations=(blocks + h.nbytes * (len(args.exits) + 1), f"{B} x {T} tokens, {L} blocks: {how}"),
-        logits=(shape.vocab_size * (12 * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * taught), "one exit's, "
-                f"of {LOGIT_ROWS} positions, fp32, three times; the head's gradient while it is summed{'; what the teacher says of all' * taught}"),
+        logits=(shape.vocab_size * (4 * copies * min(B * T, LOGIT_ROWS) + 3 * c * shape.dim + 4 * B * T * taught), "one exit's, "
+                f"of {LOGIT_ROWS} positions, fp32, {copies} times; the head's gradient while it is summed{'; what the teacher says of all' * taught}"),
         step=(max(p.numel() for p in model.parameters()) * 4 * (c < 4), "the largest gradient in fp32"),
         reserve=(min(max(card * 3 / 40, GIB), 6 * GIB), "CUDA, NCCL, fragmentation"))
     return {**parts, "sum": (sum(n for n, _ in parts.values()), f"with {world} process(es)")}

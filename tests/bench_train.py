@@ -55,7 +55,7 @@ def measure(args):
     L, device = model.args.n_layers, model.output.weight.device
     asked = check_exits(args.exits or default_exits(L), L)
     exits = asked if args.mode == "lite" else []
-    run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, choices=False, micro_batch_size=args.micro_batch_size,
+    run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, choices=0.0, micro_batch_size=args.micro_batch_size,
                           weight_decay=0.0, lr=1e-4, head_lr=1.0, warmup=0.0, steps=len(plan), clip=1.0, out="")
     optimizer, seconds = T.optimizer_for(model, run), []
     loss = lambda h, targets: F.cross_entropy(model.logits(h), targets, reduction="sum")  # noqa: E731

@@ -109,7 +109,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--data DATA --steps 5 --epochs 2 --out DIR/new", ["--steps 5", "--epochs 2", "one of them"]),
     ("train", "--ckpt CKPT --layers 4 --out DIR/new", ["--layers 4", "--ckpt ckpt", "one of them"]),
     ("generate", "--ckpt CKPT --verify hi", ["--verify", "--threshold"]), ("generate", "--ckpt CKPT --verify --threshold 0.6 --recompute hi", ["--verify", "no --recompute"]),
-    ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--choices --no-lite --out DIR/new", ["--choices", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "65 of them at once"]),
+    ("train", "--copying 0.3 --no-lite --out DIR/new", ["--copying", "no-lite"]), ("train", "--choices 0.5 --no-lite --out DIR/new", ["--choices", "no-lite"]), ("train", "--teacher CKPT --max-len 65 --out DIR/new", ["--teacher", "65 of them at once"]),
     ("train", "--teacher DIR/nowhere --out DIR/new", ["nowhere", "no such folder"]),
     ("train", "--limit 5 --out DIR/new", ["--limit", "--data", "--steps"]),
     ("train", "--out DIR/mine", ["is taken"]), ("train", "--out DIR/file", ["is taken"]), ("train", "--out DIR/cleared", ["is taken"]),

@@ -61,7 +61,7 @@ def test_answers_are_the_cpus():
 def test_a_step_is_the_cpus(checkpointing):
     """Losses and gradients of one batch, with copies, choices and a teacher."""
     rows = [([1, *range(2, 9 + i)], 3 + i % 3) for i in range(10)]
-    run = SimpleNamespace(exits=[2, 4], weights=[1.0, 2.0, 4.0], copying=0.5, choices=True, micro_batch_size=4, seed=0)
+    run = SimpleNamespace(exits=[2, 4], weights=[1.0, 2.0, 4.0], copying=0.5, choices=0.5, micro_batch_size=4, seed=0)
     told = []
     for device in "cpu", DEVICE:
         model, teacher = (random_model(seed, torch.float64).to(device) for seed in (0, 1))
@@ -92,7 +92,7 @@ def test_a_run_by_command_learns_saves_and_resumes(tmp_path):
     assert "decode" in answer.stderr
 
 
-@pytest.mark.parametrize("more", [{}, dict(activation_checkpointing=True), dict(teacher=True, copying=0.3), dict(choices=True)], ids=str)
+@pytest.mark.parametrize("more", [{}, dict(activation_checkpointing=True), dict(teacher=True, copying=0.3), dict(choices=0.5)], ids=str)
 def test_the_plan_is_an_upper_bound_of_what_a_card_allocates(tmp_path, tokenizer, more):
     """A quarter of LLaMA-2-7B's width and depth, with its vocabulary, 512 tokens, all response but one."""
     shape = random_model(dim=1024, n_layers=8, n_heads=8, n_kv_heads=8, vocab_size=8, multiple_of=256, max_seq_len=512).args

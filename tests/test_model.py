@@ -110,11 +110,11 @@ def test_losses_are_sums_over_labelled_positions_in_closed_form():
     assert lite_loss(plain, [1.0]).item() == pytest.approx(ce.item(), rel=1e-12)       # no exits: plain tuning
 
 
-@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize("choices", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("copies", [False, True])
 def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, copies, choices):
-    """What is learnt are constants: the teacher's probabilities, at full depth on its own, exact K and V; by the exits,
-    with choices, the likeliest token of the model's own last layer."""
+    """What is learnt are constants: the teacher's probabilities, at full depth on its own, exact K and V; as far as
+    choices goes, by the exits the likeliest token of the model's own last layer."""
     monkeypatch.setattr("model.LOGIT_ROWS", 5)
     model, tokens, labels = random_model(dtype=torch.float64), torch.randint(96, (3, 12)), torch.randint(96, (3, 12))
     teacher = random_model(seed=1, dtype=torch.float64, n_layers=2).requires_grad_(False)
@@ -127,7 +127,7 @@ def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, cop
     want = [-(p * x).sum() for x in logp]
     if choices:
         likeliest = [row.index(max(row)) for row in logp[-1].tolist()]
-        want[:2] = [-sum(x[i, token] for i, token in enumerate(likeliest)) for x in logp[:2]]
+        want[:2] = [(1 - choices) * loss - choices * sum(x[i, token] for i, token in enumerate(likeliest)) for loss, x in zip(want, logp[:2])]
     want = torch.stack(want)
     got, grads = model(tokens, labels, [2, 4], leave, teacher, choices), []
     np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-12)
@@ -140,9 +140,10 @@ def test_losses_of_a_teacher_and_their_gradients_in_closed_form(monkeypatch, cop
 def test_exits_learn_choices_and_the_last_layer_labels():
     model, tokens, labels = random_model(dtype=torch.float64), torch.randint(96, (3, 12)), torch.randint(96, (3, 12))
     labels[:, :4] = -100
-    plain, chosen = model(tokens, labels, [2, 4]), model(tokens, labels, [2, 4], choices=True)
+    plain, half, chosen = (model(tokens, labels, [2, 4], choices=part) for part in (0, 0.5, 1))
     said = model(tokens).argmax(-1)
     assert (said != labels)[labels != -100].any() and plain[-1] == chosen[-1]
+    torch.testing.assert_close(half, (plain + chosen) / 2, rtol=1e-12, atol=0)
     torch.testing.assert_close(chosen[:2], model(tokens, torch.where(labels == -100, -100, said), [2, 4])[:2], rtol=1e-12, atol=0)
 
 

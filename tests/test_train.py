@@ -147,7 +147,7 @@ def test_departures_are_of_the_share_of_generated_tokens_and_the_same_on_any_ran
 def test_a_step_trains_on_its_own_departures():
     model, rows, losses = random_model(dtype=torch.float64), worker.rows(), {}
     taught = random_model(1, torch.float64).requires_grad_(False)
-    for step, copying, teacher, choices in ((3, 0.0, None, False), (3, 0.5, None, False), (4, 0.5, None, False), (4, 0.5, taught, False), (4, 0.5, None, True)):
+    for step, copying, teacher, choices in ((3, 0.0, None, 0.0), (3, 0.5, None, 0.0), (4, 0.5, None, 0.0), (4, 0.5, taught, 0.0), (4, 0.5, None, 0.5)):
         args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 1.0], micro_batch_size=2, copying=copying, choices=choices, seed=1)
         losses[step, copying, bool(teacher), choices] = T.gradients(model, rows, [5, 9, 30], args, step, teacher=teacher)
         parts = [(T.collate([rows[i] for i in part]), T.departures(rows, part, step, args, "cpu")) for part in ([5, 9], [30])]
@@ -158,7 +158,7 @@ def test_a_step_trains_on_its_own_departures():
 
 def test_the_mean_is_over_tokens_not_over_means():
     model, rows = random_model(dtype=torch.float64), worker.rows()
-    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0, choices=False)
+    args = SimpleNamespace(exits=worker.EXITS, weights=[1.0, 1.0, 2.0], micro_batch_size=2, copying=0.0, choices=0.0)
     got = T.gradients(model, rows, [0, 7, 13, 20, 31], args)
     want, count = torch.zeros(3, dtype=torch.float64), 0
     for i in (0, 7, 13, 20, 31):
@@ -202,7 +202,7 @@ def test_adamw_is_torchs():
 def test_head_lr_moves_the_output_matrix_faster_and_nothing_else():
     """Against torch's AdamW, given the schedule's rates by hand."""
     a, b = (random_model(dtype=torch.float64).train() for _ in range(2))
-    args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 2.0], copying=0.0, choices=False, micro_batch_size=8, weight_decay=0.1, lr=1e-2, head_lr=3.0,
+    args = SimpleNamespace(exits=[2, 4], weights=[1.0, 1.0, 2.0], copying=0.0, choices=0.0, micro_batch_size=8, weight_decay=0.1, lr=1e-2, head_lr=3.0,
                            warmup=0.5, steps=4, clip=1e9)
     mine, head = T.optimizer_for(a, args), b.output.weight
     kinds = [[head], [p for p in b.parameters() if p.dim() > 1 and p is not head], [p for p in b.parameters() if p.dim() == 1]]
@@ -247,7 +247,7 @@ def test_plain_bf16_adamw_loses_most_updates_of_weights_of_usual_size():
 
 def test_bf16_with_masters_trains_the_tiny_model_as_fp32_does(tokenizer):
     rows, val = (tokenize(embedded(n, s), tokenizer, 64) for n, s in ((800, "train"), (200, "test")))
-    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, choices=False, micro_batch_size=16, weight_decay=0.1, lr=3e-3, head_lr=1.0, warmup=0.1, steps=50, clip=1.0)
+    args = SimpleNamespace(exits=[2, 4, 6], weights=[1.0] * 4, copying=0.0, choices=0.0, micro_batch_size=16, weight_decay=0.1, lr=3e-3, head_lr=1.0, warmup=0.1, steps=50, clip=1.0)
     loss = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_the_plan_is_what_two_ranks_allocate(tmp_path):
         subprocess.run(torchrun(2, ROOT / "tests/worker.py", tmp_path / "r", dtype, 4, 2), env=ENV, check=True)
         sizes = [torch.load(tmp_path / f"r.{rank}")["size"] for rank in (0, 1)]
         args = SimpleNamespace(dtype=dtype, micro_batch_size=4, batch_size=8, max_len=30, exits=[2, 4], weight_decay=0.0,
-                               lr=0.0, head_lr=1.0, copying=0.5, teacher=None, activation_checkpointing=False)
+                               lr=0.0, head_lr=1.0, copying=0.5, choices=0.0, teacher=None, activation_checkpointing=False)
         parts = {name: n for name, (n, _) in P.plan(random_model().args, args, 2).items()}
         for part in ("weights", "gradients", "optimizer"):
             assert parts[part] == pytest.approx(max(s[part] for s in sizes), rel=0.05), (dtype, part)
@@ -290,7 +290,7 @@ def test_the_plan_counts_what_copies_take():
     model, tokens, seen = random_model(), torch.zeros(2, 29, dtype=torch.long), []
     for copying in (0.0, 0.5):
         args = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[], weight_decay=0.0, lr=0.0,
-                               head_lr=1.0, copying=copying, teacher=None, activation_checkpointing=False)
+                               head_lr=1.0, copying=copying, choices=0.0, teacher=None, activation_checkpointing=False)
         leave, kept = torch.full((2, 29), 3.0) if copying else None, {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}), lambda _: None)
         with hooks:
@@ -307,7 +307,7 @@ def test_the_plan_counts_a_teacher(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({k: v for k, v in vars(teacher.args).items() if v is not None} | dict(vocab_size=-1)))
     for taught in (False, True):
         args, kept = SimpleNamespace(dtype="float32", micro_batch_size=2, batch_size=2, max_len=30, exits=[2], weight_decay=0.0, lr=0.0, head_lr=1.0,
-                                     copying=0.0,
+                                     copying=0.0, choices=0.0,
                                      teacher=str(tmp_path) if taught else None, activation_checkpointing=False), {}
         plans.append(P.plan(model.args, args, 1))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage()._cdata: t}) or t, lambda t: t):
@@ -315,6 +315,8 @@ def test_the_plan_counts_a_teacher(tmp_path):
         sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
         assert losses.requires_grad
     assert plans[1]["logits"][0] - plans[0]["logits"][0] == 4 * 2 * 29 * 96
+    args.choices = 0.5                                                   # of one exit's logits a log-softmax more
+    assert P.plan(model.args, args, 1)["logits"][0] - plans[1]["logits"][0] == 4 * 2 * 29 * 96
     assert sizes[1] - sizes[0] == 4 * 2 * 29 * 96 - 8 * 2 * 29                       # in place of the labels
     assert plans[1]["weights"][0] - plans[0]["weights"][0] == 4 * sum(p.numel() for p in teacher.parameters())
 
