@@ -86,9 +86,11 @@ def main():
     parser.add("--card-gb", 80.0, type=number(float, 0.1), metavar="GB", help="memory of a card, in GiB")
     parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="in place of flags, as train.py passes them on a GPU")
     args = parser.parse_args()
+    if args.resume:
+        raise InputError("--resume: nothing is saved here to go on with; give the flags that the run was started with")
     vars(args).update(args.settings)
-    if not args.ckpt or args.resume:
-        raise InputError("expected --ckpt, the folder of a model (of it params.json is enough), and the run's own flags, not --resume")
+    if not args.ckpt:
+        raise InputError("--ckpt: expected the folder of a model; of it params.json is enough")
     fill_in(args)
     shape = read_args(folder := find_checkpoint(args.ckpt))
     choose_exits(args, shape, folder)

@@ -333,7 +333,8 @@ PARAMS = {"7b": dict(dim=4096, n_layers=32, n_heads=32), "13b": dict(dim=5120, n
 @pytest.mark.parametrize("name, n, flags, code, said", [
     ("7b", 8, [], 0, "sum    59.02"), ("7b", 1, [], 2, "--nproc-per-node 3 fits"),
     ("13b", 8, ["--activation-checkpointing"], 0, "sum    76.08"), ("13b", 8, [], 2, "--activation-checkpointing"),
-    ("13b", 2, ["--card-gb", 24], 2, "no number of cards fits"), ("7b", 8, ["--card-gb", 79], 0, "5.92"), ("7b", 8, ["--card-gb", 8], 2, "    1.00  CUDA"), ("7b", 2, ["--micro-batch-size", 1], 0, "6,738,415,616")])
+    ("13b", 2, ["--card-gb", 24], 2, "no number of cards fits"), ("7b", 8, ["--card-gb", 79], 0, "5.92"), ("7b", 8, ["--card-gb", 8], 2, "    1.00  CUDA"), ("7b", 2, ["--micro-batch-size", 1], 0, "6,738,415,616"),
+    ("7b", 8, ["--resume"], 2, "the run was started with"), ("7b", 8, ["--settings", '{"resume": true, "max_len": 300}'], 0, "x 299 tokens")])          # as train.py --resume passes them
 def test_a_plan_needs_params_json_alone(tmp_path, name, n, flags, code, said):
     (tmp_path / "params.json").write_text(json.dumps({**PARAMS[name], "vocab_size": -1, "multiple_of": 256, "norm_eps": 1e-5}))
     command = [sys.executable, ROOT / "docs/plan.py", "--ckpt", tmp_path, "--nproc", n, *flags]
