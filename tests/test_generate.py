@@ -1,5 +1,6 @@
 """generate.py: early exit against its definition, the naive eager-copy loop of reference.py. Traps as tests."""
 import collections
+import itertools
 import json
 import math
 import re
@@ -294,6 +295,14 @@ def test_verified_greedy_output_is_full_depths_for_any_exits_and_thresholds(mode
             assert set(exits) <= {*rule, L} and kept <= sum(drafts) and max(drafts) <= draft
             if rule == {2: 0.0}:
                 assert kept > 0 and exits.count(L) > 1               # both happen: drafts are kept, and are rejected
+
+
+def test_a_draft_climbs_to_its_rounds_exit_however_unsure(model, monkeypatch):
+    """Another rule of confidence may say exactly 0. A draft that then ran on would pass the layers above twice."""
+    said, (full, _) = itertools.cycle((1.0, 0.0)), run(model, 20)      # a round's first token is sure, its draft is not
+    monkeypatch.setattr(G, "confidence", lambda logits: torch.tensor(next(said)))
+    assert run(model, 20, {2: 0.5}, verify=True, drafts=(drafts := []))[0] == full
+    assert set(drafts[:-1]) == {1}
 
 
 def test_verifying_with_packed_fp32_matrices_is_full_depth_too(tokenizer, monkeypatch):
