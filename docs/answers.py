@@ -66,6 +66,8 @@ def main():
     args = parser.parse_args()
     examples = [dict(e) for e in read_examples(args.data, args.limit) for _ in range(args.times)]
     args.ckpt, device, out = find_checkpoint(args.ckpt), pick_device(args.device), Path(args.out)
+    if args.times > 1 and args.temperature < 1e-6:
+        raise InputError(f"--times {args.times}: at --temperature 0 all answers to a prompt are one; give it once, or a temperature")
     if out.exists() or out.suffix != ".json":
         raise InputError(f"--out {out}: expected a name in .json that is not taken")
     model = load_meta(args.ckpt, getattr(torch, args.dtype), device)     # not fused for decoding, where rows are few

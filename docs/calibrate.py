@@ -96,7 +96,7 @@ def cheapest(candidates, d, *aims):
     return [min((x for x in tried if x[1] <= 1 - aim), key=lambda x: x[0], default=safest)[2] for aim in aims]
 
 
-def copying(d, t, total, before=0.0):
+def copying(d, t, total, before=None):
     """How many disagreements a skipped layer costs later tokens, whose K and V there are copies: those that
     generation with thresholds t met (`total`: its numbers), less full depth's own (rounding) and what leaves wrongly
     on full depth's text, per layer skipped; `before`, if none was.  (A straight line through one point.)"""
@@ -165,12 +165,12 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         told = [measure(model, p, L, dict(zip(exits, t)), how).numbers for p in tqdm(prompts, what, disable=None)]
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
-    likely, harm, exact_kv = fitted(alone), 0.0, how.get("recompute", False)
-    d = likely
+    likely, exact_kv = fitted(alone), how.get("recompute", False)
+    d, harm = likely, 0.0 if exact_kv else None          # None: not known
     for _ in range(0 if exact_kv else 2):                # what copying costs, and the thresholds that it leaves
         t, = cheapest(candidates(d, exits, single), d, target)
         harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
-        d = SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + harm * (L - np.array(exits))))
+        d = SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + (harm or 0) * (L - np.array(exits))))
     aims = [target + margin * (1 - target) for margin in MARGINS]
     for aim, t in zip(aims, cheapest(candidates(d, exits, single), d, *aims)):
         if tries and not tries[-1]["certified"]:
@@ -209,14 +209,15 @@ def write_thresholds(path, lite, exits, tries, how, references):
     row = lambda values, t: [*(f"{100 * x:.2f}" for x in values), " ".join(f"{n}: {x:.3f}" for n, x in t.items())]  # noqa: E731
     table(f"{tries[0]['prompts']} prompts, {tries[0]['tokens']} tokens, in %", [
         "agreement", "at least", "exits alone", *columns[3:], "thresholds"], {
-        f"aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for t in tries})
+        f"row {i}: aim {100 * t['aim']:.2f}": row((t[key] for key in columns), t["thresholds"]) for i, t in enumerate(tries, 1)})
     for rows, of in (tries[0]["exact"], ""), (references, " of reference answers"):
         if rows:
             table(f"both halves, {rows[0]['tokens']} tokens{of}, were K and V exact", ["agreement", "layers saved", "the oracle's", "share of it"], {
                 f"aim {100 * x['aim']:.2f}" + ", one for all" * x["single"]: [
                     f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))] for x in rows})
     if not tries[0]["recompute"]:
-        print(f"each layer that a token skips makes {tries[0]['copying']:.4f} of a later token wrong, through copied K and V")
+        print("no token left early there: what copied K and V cost later tokens is not known" if (harm := tries[0]["copying"]) is None else
+              f"each layer that a token skips makes {harm:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "
                          f"{tries[0]['prompts']} prompts; take more, or a lower target. {path} is as it was")

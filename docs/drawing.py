@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Tokenizer  # noqa: E402
+from data import Tokenizer, run  # noqa: E402
+from model import find_checkpoint  # noqa: E402
 
 W, H, LEFT = 58, 20, 70                  # of a cell, of the margin; in pixels
 LOOK = {  # fill, letter, legend: readable in black and white
@@ -56,7 +57,7 @@ def panel(title, cells, tokens, layers, y):
 
 
 def main():
-    tokenizer, layers = Tokenizer.load(sys.argv[1]), int(sys.argv[2])
+    tokenizer, layers = Tokenizer.load(find_checkpoint(sys.argv[1])), int(sys.argv[2])
     lines = [json.loads(line) for line in sys.stdin]
     out, y = [], 50
     for line, title, draw in zip(lines, ("early exit", "--verify: exits draft, the last layer decides"), (early, verified)):
@@ -67,10 +68,10 @@ def main():
         top = y - 50 + k * (H + 4)
         out += [f'<rect x="{LEFT}" y="{top}" width="{W}" height="{H}" fill="{fill}" stroke="#666"/>',
                 text(LEFT + W / 2, top + 14, letter), text(LEFT + W + 10, top + 14, legend, 12, "start")]
-    width = LEFT + W * max(len(line["tokens"]) for line in lines)
+    width = LEFT + max(360, W * max((len(line["tokens"]) for line in lines), default=0))         # 360: the legend's
     print(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 60}" font-family="monospace">'
           f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}</svg>')
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

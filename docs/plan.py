@@ -76,7 +76,7 @@ def fit(shape, args, world, card):
     if (total := parts["sum"][0]) > card:
         enough = next((n for n in (*range(1, 9), 16, 32, 64) if plan(shape, args, n, card)["sum"][0] <= card), 0)
         raise InputError(f"{total / GIB:.1f} GiB per process, but the card has {card / GIB:.1f}: "
-                         f"{f'--nproc-per-node {enough}' if enough else 'no number of cards'} fits; or try "
+                         f"{f'{enough} cards fit (on one machine --nproc-per-node {enough})' if enough else 'no number of cards fits'}; or try "
                          "--activation-checkpointing or a smaller --micro-batch-size or --max-len")
 
 

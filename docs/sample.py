@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import INPUT, RESPONSE, Tokenizer  # noqa: E402
+from data import INPUT, RESPONSE, Tokenizer, run  # noqa: E402
+from model import find_checkpoint  # noqa: E402
 
 WIDTH, LINE, X, RIGHT = 8.4, 26, 12, 720         # of a monospaced letter, of a line, the margins; in pixels
 
@@ -36,11 +37,11 @@ def token(out, left, x, y, s, depth, layers):
 
 
 def main():
-    tokenizer, layers = Tokenizer.load(sys.argv[1]), int(sys.argv[2])
+    tokenizer, layers = Tokenizer.load(find_checkpoint(sys.argv[1])), int(sys.argv[2])
     out, y, depths = [], LINE, set()
     for line in sys.stdin:
         a = json.loads(line)
-        question = tokenizer.decode(a["prompt_tokens"]).split("### Instruction:\n")[1].removesuffix(RESPONSE)
+        question = tokenizer.decode(a["prompt_tokens"]).split("### Instruction:\n")[-1].removesuffix(RESPONSE)
         for row in textwrap.wrap(question.replace(INPUT, "  "), int((RIGHT - X) / WIDTH), drop_whitespace=False):
             out.append(text(X, y, row, "#555"))
             y += LINE
@@ -60,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as M  # noqa: E402
-from data import Parser, embedded, pick_device, prompt_text, read_examples, run  # noqa: E402
+from data import Parser, embedded, number, pick_device, prompt_text, read_examples, run  # noqa: E402
 from docs.report import rate  # noqa: E402
 from eval import judge  # noqa: E402
 from generate import Decoder, exit_rule, frequent_tokens, generate, load_for_decoding  # noqa: E402
-from model import Transformer, read_args  # noqa: E402
+from model import InputError, Transformer, read_args  # noqa: E402
 
 
 class Eager(Decoder):
@@ -206,7 +206,7 @@ def compare(args, model, lite, prompts, eos):
 def show(name, r):
     """A line of the table."""
     number = lambda x, form: "-".rjust(int(form.split(".")[0])) if x is None else format(x, form)  # noqa: E731
-    agreement = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in r["agreement"][:3])) if "agreement" in r else "-"
+    agreement = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in r["agreement"][:3])) if r.get("agreement", [None])[0] is not None else "-"
     rate_ = r["bytes"] * r["tokens_per_second"] / 1e9 if "bytes" in r else None
     print(f"{name:<40} {r['tokens_per_second']:>7.1f} {r['S']:>5.2f}x {number(r.get('P'), '5.2f')}{'x' if 'P' in r else ' '} "
           f"{number(r.get('share'), '6.2f')} {number(None if 'verify' in name else r.get('layers'), '7.2f')} {agreement:>19} "
@@ -259,7 +259,7 @@ def context(model):
     kv = 2 * model.layers[0].attention.n_kv_heads * model.layers[0].attention.head_dim * model.output.weight.itemsize
     print(f"{'position':>9} {'ms/token':>9} {'K and V read, MB':>17}")
     for n in (n for n in (64, 128, 256, 512, 1024, 2032) if n <= longest):
-        times = [decode(model, prompt[:n], 17, {}).seconds / 16 for _ in range(5)]
+        times = [decode(model, prompt[:n], 16, {}).seconds / 15 for _ in range(5)]        # after the first token
         print(f"{n:>9} {1e3 * statistics.median(times):>9.2f} {n * kv * model.args.n_layers / 1e6:>17.2f}")
 
 
@@ -270,9 +270,9 @@ def main():
         parser.add(flag)
     parser.add("--draft", 4)
     parser.add_argument("--random", metavar="DIR", help="random weights in the shape of DIR/params.json: for timing alone")
-    parser.add_argument("--prompts", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--tokens", type=int, default=96, help="new tokens for each (default: 96)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed turns; the median counts (default: 3)")
+    parser.add("--prompts", 10, type=number(int, 1), metavar="N", help="how many")
+    parser.add("--tokens", 96, type=number(int, 2), metavar="N", help="new tokens for each")
+    parser.add("--rounds", 3, type=number(int, 1), metavar="N", help="timed turns; the median counts")
     parser.add_argument("--force", type=int, nargs="*", default=[], metavar="N", help="also leave always after these layers (any)")
     parser.add_argument("--verify-threshold", type=float, nargs="*", default=[0.5, 0.8], metavar="X",
                         help="a verify mode for each (default: 0.5 0.8)")
@@ -293,6 +293,10 @@ def main():
     prompts = ([list(range(100, 164))] * args.prompts if args.random else
                [tokenizer.encode(prompt_text(e), bos=True) for e in examples])
     prompts = [p for p in prompts if len(p) + args.tokens <= model.args.max_seq_len][:args.prompts]
+    if not prompts:
+        raise InputError(f"--tokens {args.tokens}: no prompt leaves room for them in the context, {model.args.max_seq_len}; take fewer")
+    if not all(0 < n <= model.args.n_layers for n in args.force):
+        raise InputError(f"--force {args.force}: expected layers from 1 to {model.args.n_layers}")
     result = compare(args, model, lite, prompts, tokenizer and tokenizer.eos)
     if args.json:
         Path(args.json).write_text(json.dumps(dict(settings=vars(args), **result)) + "\n")

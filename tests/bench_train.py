@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train as T  # noqa: E402
 from bench import random_weights, sync  # noqa: E402
-from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, number, read_examples, share, tokenize  # noqa: E402
-from model import IGNORE, LOGIT_ROWS, Transformer, check_exits, default_exits, load_meta  # noqa: E402
+from data import TINY_FOLDER, Tokenizer, batches, collate, embedded, number, read_examples, run, share, tokenize  # noqa: E402
+from model import IGNORE, LOGIT_ROWS, Transformer, check_exits, default_exits, find_checkpoint, load_meta, read_lite  # noqa: E402
 
 
 def setup(args):
@@ -40,12 +40,14 @@ def setup(args):
         rows = [(torch.randint(model.args.vocab_size, (args.max_len,)).tolist(), 1) for _ in range(4 * args.batch_size)]
     elif args.ckpt:
         model = load_meta(args.ckpt, dtype, args.device)
-        rows = tokenize(read_examples(args.data), Tokenizer.load(args.ckpt, model.args.vocab_size), args.max_len, lambda s: 0)
+        rows = tokenize(read_examples(args.data), Tokenizer.load(find_checkpoint(args.ckpt), model.args.vocab_size), args.max_len, lambda s: 0)
     else:
         tokenizer, model = Tokenizer.load(TINY_FOLDER), Transformer(T.TINY).init_weights().to(args.device, dtype)
         rows = tokenize(embedded(100 * args.batch_size), tokenizer, 64)
     order = batches(rows, args.batch_size, 0, 0)
     order = sorted((b for b in order if len(b) == args.batch_size), key=lambda b: sum(len(rows[i][0]) for i in b))
+    if not order:
+        sys.exit(f"{len(rows)} examples, too few for a batch of {args.batch_size}")
     return model, rows, [order[(2 * i + 1) * len(order) // (2 * args.steps)] for i in range(args.steps)]
 
 
@@ -53,7 +55,7 @@ def measure(args):
     """Run one mode over the batches; print its times and the process's peak memory, bytes."""
     model, rows, plan = setup(args)
     L, device = model.args.n_layers, model.output.weight.device
-    asked = check_exits(args.exits or default_exits(L), L)
+    asked = check_exits(args.exits or args.ckpt and read_lite(find_checkpoint(args.ckpt)).get("exits") or default_exits(L), L)
     exits = asked if args.mode == "lite" else []
     run = SimpleNamespace(exits=exits, weights=[1.0] * (len(exits) + 1), copying=0.0, choices=0.0, micro_batch_size=args.micro_batch_size,
                           weight_decay=0.0, lr=1e-4, head_lr=1.0, warmup=0.0, steps=len(plan), clip=1.0, out="")
@@ -95,6 +97,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mode", choices=("plain", "lite", "heads"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if bool(args.ckpt) != bool(args.data):
+        parser.error("--ckpt and --data: give both or none")
     args.dtype = args.dtype or ("bfloat16" if args.ckpt or args.random else "float32")
     if args.mode:
         return measure(args)
@@ -120,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

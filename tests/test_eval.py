@@ -452,6 +452,19 @@ def test_recompute_reaches_eval_and_project_from_their_flag_and_file(tmp_path, m
     assert '"recompute": true' in text and capsys.readouterr().out != counts["--recompute"]["projected"]
 
 
+def test_calibration_does_not_make_up_what_copies_cost(tmp_path, monkeypatch, capsys, checkpoint):
+    """Exits of random weights are never right, so nobody leaves and nothing is copied; and no row hides another of a like aim."""
+    folder = shutil.copytree(checkpoint, tmp_path / "random")
+    call(monkeypatch, C, f"0.9999 --ckpt {folder} --limit 8 --max-new-tokens 8", fails="no thresholds reach")
+    assert "what copied K and V cost later tokens is not known" in capsys.readouterr().out
+    tries = [dict(aim=aim, copying=0.0012, thresholds={2: 1.0}, exact=[], prompts=9, tokens=99, recompute=False, target=0.9999, certified=False,
+                  agreement=1, bound=1, exits_alone=1, **{f"{key} saved": 0 for key in ("layers", "FLOPs", "bytes")}) for aim in (0.99991, 0.99992)]
+    with pytest.raises(InputError):
+        C.write_thresholds(tmp_path / "x", {}, [2], tries, dict(frequent=[]), [])
+    out = capsys.readouterr().out
+    assert "row 1: aim 99.99" in out and "row 2: aim 99.99" in out and "makes 0.0012 of a later token wrong" in out
+
+
 def test_calibration_writes_thresholds_that_it_certified(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
     before = json.loads((folder / "lite.json").read_text())

@@ -331,7 +331,7 @@ PARAMS = {"7b": dict(dim=4096, n_layers=32, n_heads=32), "13b": dict(dim=5120, n
 
 
 @pytest.mark.parametrize("name, n, flags, code, said", [
-    ("7b", 8, [], 0, "sum    59.02"), ("7b", 1, [], 2, "--nproc-per-node 3 fits"),
+    ("7b", 8, [], 0, "sum    59.02"), ("7b", 1, [], 2, "3 cards fit (on one machine --nproc-per-node 3)"),
     ("13b", 8, ["--activation-checkpointing"], 0, "sum    76.08"), ("13b", 8, [], 2, "--activation-checkpointing"),
     ("13b", 2, ["--card-gb", 24], 2, "no number of cards fits"), ("7b", 8, ["--card-gb", 79], 0, "5.92"), ("7b", 8, ["--card-gb", 8], 2, "    1.00  CUDA"), ("7b", 2, ["--micro-batch-size", 1], 0, "6,738,415,616"),
     ("7b", 8, ["--resume"], 2, "the run was started with"), ("7b", 8, ["--settings", '{"resume": true, "max_len": 300}'], 0, "x 299 tokens")])          # as train.py --resume passes them
@@ -351,7 +351,7 @@ def test_a_run_too_large_for_its_card_stops_before_anything_is_loaded(tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         T.main()
     said = capfd.readouterr()
-    assert "1 process(es)" in said.out and "3 x 299 tokens" in said.out and "GiB per process, but the card has 40.0: --nproc-per-node 32 fits" in said.err
+    assert "1 process(es)" in said.out and "3 x 299 tokens" in said.out and "GiB per process, but the card has 40.0: 32 cards fit (on one machine --nproc-per-node 32)" in said.err
     assert not (tmp_path / "run").exists()
 
 
