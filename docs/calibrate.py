@@ -8,6 +8,7 @@ take is a matter of statistics (`calibrate`).
 Two more tables tell what exits would save if copies were exact: on the model's own answers, and on references.
 """
 import json
+import math
 import os
 import sys
 from itertools import product
@@ -96,18 +97,42 @@ def cheapest(candidates, d, *aims):
     return [min((x for x in tried if x[1] <= 1 - aim), key=lambda x: x[0], default=safest)[2] for aim in aims]
 
 
-def copying(d, t, total, before=None):
-    """How many disagreements a skipped layer costs later tokens, whose K and V there are copies: those that
-    generation with thresholds t met (`total`: its numbers), less full depth's own (rounding) and what leaves wrongly
-    on full depth's text, per layer skipped; `before`, if none was.  (A straight line through one point.)"""
+@torch.inference_mode()
+def later(model, exits, d, share=0.3):
+    """How many later tokens one that leaves at each exit makes wrong, its K and V above being copies: (X,).  On full
+    depth's answers, at one exit at a time: the surest `share` of the tokens leave there; how many of those that stay
+    change their choice?  (Two layers skipped may cost as much as six, so it is not told by their number.)"""
+    goes, N = np.zeros(d.sure.shape, dtype=bool), len(d.ask)
+    for x in range(len(exits)):                          # of those equally sure some, by chance
+        goes[np.lexsort((np.random.default_rng(x).random(N), -d.sure[:, x]))[:math.ceil(share * N)], x] = True
+    changed, ends = np.zeros(len(exits)), np.cumsum([len(a.agrees) for a in d.told])
+    for a, mine in zip(tqdm(d.told, "copies", disable=None), np.split(goes, ends[:-1])):
+        ids, P = torch.tensor([a.prompt + a.tokens[:-1]], device=model.output.weight.device), len(a.prompt)
+        choices = []
+        for n, here in zip([0, *exits], np.concatenate((np.zeros_like(mine[:, :1]), mine), 1).T):        # first nobody
+            leave = torch.full(ids.shape, torch.inf)
+            leave[0, P:][torch.tensor(here)] = n
+            *_, h = model.states(ids, leave=leave.to(ids.device))
+            choices.append(model.logits(h[0, P:]).argmax(-1).cpu().numpy())
+        changed += ((np.array(choices[1:]) != choices[0]).T & ~mine).sum(0)
+    skipped = model.args.n_layers - np.array(exits)      # where nothing is seen, these tell; else one more hardly counts
+    return (changed + skipped / skipped.mean()) / goes.sum(0)
+
+
+def copying(d, t, total, harm, before=(None, 0.0)):
+    """What copied K and V cost later tokens: disagreements that generation with thresholds t met (`total`: its numbers),
+    less full depth's own (rounding) and what leaves wrongly on full depth's text; per layer skipped, and over what
+    `later` (harm) makes one expect.  `before`, if nothing was skipped.  (A straight line through one point.)"""
     n, skipped = total["steps"], total["full_layers"] - total["layers"]
-    return max(0, n * (d.own - wrongly(t, d)) - total["agreed"]) / skipped if skipped else before
+    expected = n * wrongly(t, SimpleNamespace(**vars(d) | dict(wrong=np.broadcast_to(harm, d.sure.shape))))
+    cost = max(0, n * (d.own - wrongly(t, d)) - total["agreed"])
+    return (cost / skipped, cost / expected) if skipped and expected else before
 
 
 def said(model, prompts, exits, how, what, given=None):
     """What every exit would have said of the N tokens of full depth's answers, or of the answers given (lists of ids):
     sure, wrong (N, X), and in weights ask (N,), what a check reads, and cost (X+1,), what the layers up to each exit
-    read, and all of them and the head; own, full depth's agreement with the answers."""
+    read, and all of them and the head; own, full depth's agreement with the answers; told, these."""
     told = [measure(model, p, model.args.n_layers, {}, how, exits) if given is None else
             judge(model, SimpleNamespace(prompt=p, tokens=given[i]), how["frequent"], exits)
             for i, p in enumerate(tqdm(prompts, what, disable=None))]
@@ -116,7 +141,7 @@ def said(model, prompts, exits, how, what, given=None):
                          f"{len(exits)} exits in a half; expected, in each, a prompt, an answer of two tokens, an exit")
     sure, right = (np.concatenate([np.array(getattr(a, key)).T for a in told]) for key in ("sure", "right"))
     layer, head = sum(p.numel() for p in model.layers[0].parameters()), model.output.weight.numel()
-    return SimpleNamespace(sure=sure, wrong=1 - right, ask=model.args.dim * np.concatenate([a.sizes for a in told]),
+    return SimpleNamespace(told=told, sure=sure, wrong=1 - right, ask=model.args.dim * np.concatenate([a.sizes for a in told]),
                            own=np.mean([ok for a in told for ok in a.agrees]), cost=[*(n * layer for n in exits), model.args.n_layers * layer + head])
 
 
@@ -150,10 +175,10 @@ def without_copying(halves, exits, L):
 
 def calibrate(model, prompts, exits, how, target, by_layers=False, single=False):
     """Thresholds for `target` agreement: chosen on every other prompt, where full depth's answers tell what
-    each exit would have said, and generation what copied K and V cost (`copying`); certified on the rest, by
-    generating with them.  Candidates come from safe to cheap, and the first whose one-sided 95 % bound misses
-    the target ends it.  As each is tried only if all before it passed, the 5 % hold for the one kept, however
-    many there are (fixed-sequence testing).  (If bad prompts are rare, their answers must not be longer than any seen.)
+    each exit would have said, and what leaving there costs later tokens (`later`; generation, how much of it comes
+    about: `copying`); certified on the rest, by generating with them.  Candidates come from safe to cheap, and the first
+    whose one-sided 95 % bound misses the target ends it.  As each is tried only if all before it passed, the 5 % hold
+    for the one kept, however many there are (fixed-sequence testing).  (If bad prompts are rare, their answers must not be longer than any seen.)
     Returns what was tried, [dict].  how["recompute"]: nothing is copied, and so costs later tokens nothing.
     by_layers: thresholds for few layers, not for few bytes.  single: one threshold for all exits (to compare with)."""
     L, tries, counts = model.args.n_layers, [], ("layers", "FLOPs", "bytes")
@@ -166,11 +191,13 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         return told, {key: sum(a[key] for a in told) for key in told[0]}
 
     likely, exact_kv = fitted(alone), how.get("recompute", False)
-    d, harm = likely, 0.0 if exact_kv else None          # None: not known
+    harm, found = (np.zeros(len(exits)), (0.0, 0.0)) if exact_kv else (later(model, exits, alone), (None, 0.0))
+    priced = lambda: SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + found[1] * harm))  # noqa: E731
     for _ in range(0 if exact_kv else 2):                # what copying costs, and the thresholds that it leaves
+        d = priced()
         t, = cheapest(candidates(d, exits, single), d, target)
-        harm = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm)
-        d = SimpleNamespace(**vars(likely) | dict(wrong=likely.wrong + (harm or 0) * (L - np.array(exits))))
+        found = copying(alone, t, generated(t, prompts[::2], "copying")[1], harm, found)
+    d = priced()
     aims = [target + margin * (1 - target) for margin in MARGINS]
     for aim, t in zip(aims, cheapest(candidates(d, exits, single), d, *aims)):
         if tries and not tries[-1]["certified"]:
@@ -184,7 +211,7 @@ def calibrate(model, prompts, exits, how, target, by_layers=False, single=False)
         bound = rate([*agreed, bad / 2], [*steps, bad], 1.645)[1] or 0
         tries.append(dict(
             aim=aim, target=target, thresholds=dict(zip(exits, t)), agreement=sum(agreed) / max(1, n), bound=bound,
-            certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=harm, exact=exact, prompts=len(told),
+            certified=bound >= target, exits_alone=1 - wrongly(t, rest), copying=found[0], exact=exact, prompts=len(told),
             by_layers=by_layers, recompute=exact_kv, tokens=n, max_new_tokens=how["max_new_tokens"], dtype=str(model.output.weight.dtype),
             **{f"{key} saved": 1 - total[key] / max(1, total[f"full_{key}"]) for key in counts}))
     return tries

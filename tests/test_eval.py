@@ -1,5 +1,6 @@
 """eval.py: its numbers against naive counts, and the figures of the committed tiny model."""
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -268,14 +269,36 @@ def test_copying_is_what_generation_lacks_beyond_wrong_exits():
     for t in ([0.3, 0.5], [0.6, 0.4], [1, 0.7]):
         t = np.array(t)
         wrong = sum(next((d.wrong[i, x] for x in (0, 1) if d.sure[i, x] > t[x]), 0) for i in range(60))
-        total = dict(steps=600, agreed=600 - 10 * wrong - 45, full_layers=3600, layers=3000)
-        assert C.copying(d, t, total) == pytest.approx(45 / 600)
-        assert C.copying(d, t, total | dict(agreed=600)) == 0        # fewer than expected: no harm, not a gain
+        costly = 10 * sum(next(([0.2, 0.05][x] for x in (0, 1) if d.sure[i, x] > t[x]), 0) for i in range(60))
+        total, harm = dict(steps=600, agreed=600 - 10 * wrong - 45, full_layers=3600, layers=3000), np.array([0.2, 0.05])
+        assert C.copying(d, t, total, harm) == pytest.approx((45 / 600, 45 / costly))
+        assert C.copying(d, t, total | dict(agreed=600), harm) == (0, 0)         # fewer than expected: no harm, not a gain
         d.own = 0.99                                     # full depth itself: 6 of 600
-        assert C.copying(d, t, total) == pytest.approx(39 / 600)
+        assert C.copying(d, t, total, harm) == pytest.approx((39 / 600, 39 / costly))
         d.own = 1.0
     for nothing in (dict(steps=0, agreed=0, full_layers=0, layers=0), dict(steps=600, agreed=590, full_layers=3600, layers=3600)):
-        assert C.copying(d, np.ones(2), nothing, 0.02) == 0.02          # nothing skipped tells nothing
+        assert C.copying(d, np.ones(2), nothing, harm, (0.02, 3)) == (0.02, 3)          # nothing skipped tells nothing
+
+
+def test_later_counts_the_choices_that_copies_change():
+    """Against a loop over tokens and layers: who leaves runs no further, and those that stay read the K and V it leaves."""
+    model, exits = random_model(2, dtype=torch.float64), [1, 3, 5]
+    d = C.said(model, [[1, 5, 9, 2], [1, 7, 30], [1, 44, 60, 8, 20]], exits, dict(max_new_tokens=24, eos=None, frequent=()), "")
+    assert all(len(set(sure)) == len(sure) for sure in d.sure.T)     # no ties, so the surest are told
+    found = C.later(model, exits, d)
+    for x, n in enumerate(exits):
+        least, changed = sorted(d.sure[:, x])[-math.ceil(0.3 * len(d.ask))], 0
+        for a in d.told:
+            exact, naive = Llama.of(model).logits(a.prompt + a.tokens[:-1]).argmax(-1), Llama.of(model)
+            for pos, token in enumerate(a.prompt + a.tokens[:-1]):
+                h, i = naive.w["tok_embeddings.weight"][token], pos - len(a.prompt)
+                leaves = i >= 0 and a.sure[x][i] >= least
+                for layer in range(naive.L):
+                    h = h if leaves and layer >= n else naive.layer(layer, pos, h)
+                    naive.write_kv(layer, pos, h) if leaves and layer >= n else None
+                changed += not leaves and i >= 0 and naive.head(h).argmax() != exact[pos]
+        assert n == 5 or changed > 4
+        assert found[x] == pytest.approx((changed + (6 - n) / 3) / math.ceil(0.3 * len(d.ask)))
 
 
 def test_curves_of_two_confidences_are_the_shares_of_wrong_tokens():

@@ -233,6 +233,8 @@ def test_the_shortlist_holds_each_token_once_and_grows_with_the_context(model):
     short.add(iter([9, 7, 7, 5]))
     assert short.ids[:3].tolist() == [5, 9, 7]
     assert torch.equal(short.rows, model.output.weight[[5, 9, 7]])
+    spread = short.spread(torch.tensor([-3.0, -1.0, -2.0]))          # below 0, and yet nobody else is likelier, or to be drawn
+    assert {i: x for i, x in enumerate(spread.tolist()) if x > -math.inf} == {5: -3, 9: -1, 7: -2} and len(spread) == 96
     short.add(range(4))
     assert short.rows.shape == (7, 48)                   # as many as the frequent ones and the room for a context, no more
     full = G.Shortlist(model, [], 4)
@@ -261,7 +263,7 @@ def test_an_exiting_token_pays_no_head_and_a_check_only_the_list():
         other = random_model(dtype=torch.float64)
         if fused:
             other.fuse()
-        steps = G.generate(other, PROMPT, 11, {2: 0.0}, frequent=range(20))
+        steps = G.generate(other, PROMPT, 11, {1: 1.0, 2: 0.0}, frequent=range(20))         # 1 never leaves, and is not asked
         next(steps)
         read.clear()
         with Meter():
