@@ -99,8 +99,8 @@ def cheapest(candidates, d, *aims):
 
 @torch.inference_mode()
 def later(model, exits, d, share=0.3):
-    """How many later tokens one that leaves at each exit makes wrong, its K and V above being copies: (X,).  On full
-    depth's answers, at one exit at a time: the surest `share` of the tokens leave there; how many of those that stay
+    """For each exit, how many later tokens a token that leaves there makes wrong, its K and V above being copies: (X,).  On
+    full depth's answers, at one exit at a time: the surest `share` of the tokens leave there; how many of those that stay
     change their choice?  (Two layers skipped may cost as much as six, so it is not told by their number.)"""
     goes, N = np.zeros(d.sure.shape, dtype=bool), len(d.ask)
     for x in range(len(exits)):                          # of those equally sure some, by chance
@@ -126,7 +126,7 @@ def copying(d, t, total, harm, before=(None, 0.0)):
     n, skipped = total["steps"], total["full_layers"] - total["layers"]
     expected = n * wrongly(t, SimpleNamespace(**vars(d) | dict(wrong=np.broadcast_to(harm, d.sure.shape))))
     cost = max(0, n * (d.own - wrongly(t, d)) - total["agreed"])
-    return (cost / skipped, cost / expected) if skipped and expected else before
+    return (cost / skipped, cost / expected if expected else before[1]) if skipped else before
 
 
 def said(model, prompts, exits, how, what, given=None):
@@ -243,7 +243,7 @@ def write_thresholds(path, lite, exits, tries, how, references):
                 f"aim {100 * x['aim']:.2f}" + ", one for all" * x["single"]: [
                     f"{100 * y:.2f}" for y in (x["agreement"], x["saved"], x["oracle"], x["saved"] / (x["oracle"] or 1))] for x in rows})
     if not tries[0]["recompute"]:
-        print("no token left early there: what copied K and V cost later tokens is not known" if (harm := tries[0]["copying"]) is None else
+        print("no token left early in the half that chooses: what copied K and V cost later tokens is not known" if (harm := tries[0]["copying"]) is None else
               f"each layer that a token skips makes {harm:.4f} of a later token wrong, through copied K and V")
     if not (good := [t for t in tries if t["certified"] and min(t["thresholds"].values()) < 1]):
         raise InputError(f"no thresholds reach {tries[0]['target']} with 95 % confidence on "

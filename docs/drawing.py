@@ -68,7 +68,7 @@ def main():
         top = y - 50 + k * (H + 4)
         out += [f'<rect x="{LEFT}" y="{top}" width="{W}" height="{H}" fill="{fill}" stroke="#666"/>',
                 text(LEFT + W / 2, top + 14, letter), text(LEFT + W + 10, top + 14, legend, 12, "start")]
-    width = LEFT + max(360, W * max((len(line["tokens"]) for line in lines), default=0))         # 360: the legend's
+    width = LEFT + max(380, W * max((len(line["tokens"]) for line in lines), default=0))         # 380: the longer title's
     print(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 60}" font-family="monospace">'
           f'<rect width="100%" height="100%" fill="#fff"/>{"".join(out)}</svg>')
 

@@ -399,6 +399,12 @@ def test_calibration_counts_what_copying_costs_later_tokens(tiny, monkeypatch):
     monkeypatch.setattr(C, "measure", harmful)
     first.append(C.calibrate(model, prompts, [2, 4, 6], how, 0.98)[0])
     assert first[1]["layers saved"] < first[0]["layers saved"] - 0.05
+    found = []
+    for harm in ([0.5, 1e-3, 1e-3], [1e-3, 1e-3, 0.5]):              # it matters at which exit
+        monkeypatch.setattr(C, "later", lambda *_, harm=harm: np.array(harm))
+        tried = [t["thresholds"] for t in C.calibrate(model, prompts, [2, 4, 6], how, 0.8)]
+        found.append(next(t for t in tried if min(t.values()) < 1))              # the safest that lets any leave
+    assert found[0][2] == 1 > found[0][6] and found[1][6] == 1 > found[1][2]
 
 
 # --- the committed tiny model keeps what the README says of it ---------------------------------------------------------
