@@ -273,6 +273,17 @@ def test_an_exiting_token_pays_no_head_and_a_check_only_the_list():
         assert sum(read.values()) == 10 * (1 + 2 * products)         # a check and two layers for each token, nothing else
 
 
+def test_the_first_token_is_prefill_and_each_later_one_decoding(model, monkeypatch):
+    monkeypatch.setattr(G.time, "perf_counter", itertools.count().__next__)      # a second between two looks
+    a = G.answer(model, PROMPT, 5, {2: 0.3})
+    assert (len(a.tokens), a.prefill, a.decode) == (5, 1, 4)
+
+
+def test_an_exit_without_a_stored_threshold_never_lets_go():
+    assert G.exit_rule(None, [2, 4], dict(thresholds={"2": 0.5, "6": 0.25}), 8) == {2: 0.5, 4: 1.0}
+    assert G.exit_rule(None, None, dict(thresholds={"2": 0.5, "6": 0.25}), 8) == {2: 0.5, 6: 0.25}
+
+
 # Lossless decoding
 
 @pytest.fixture(scope="module")
