@@ -66,6 +66,7 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (no_tokenizer, ["no tokenizer.model"]), (truncated("tokenizer.model", 3000), ["not a sentencepiece model"]),
     (lambda d: (d / "tokenizer.model").write_text("hello"), ["not a sentencepiece model"]),
     (broken_params, ["params.json", "JSON"]), (edit_params(dim=...), ["missing", "'dim'"]), (edit_params(n_heads=5), ["divide"]),
+    (edit_params(n_heads=16), ["even width"]), (edit_params(n_kv_heads=4), ["n_kv_heads 4"]), (edit_params(n_layers=True), ["n_layers is True"]), (edit_params(norm_eps=0), ["norm_eps is 0"]),
     (edit_params(n_layers="6"), ["n_layers is '6'"]), (edit_params(rope_scaling=2), ["unexpected", "'rope_scaling'"]),
     (edit_params(n_layers=7), ["layers.6", "missing"]), (edit_params(dim=36), ["params.json says"]),
     (edit_params(vocab_size=90), ["params.json says"]), (truncated("consolidated.00.pth", 50000), ["consolidated.00.pth", "complete"]),

@@ -417,6 +417,7 @@ def test_exit_rules():
     assert G.exit_rule(None, None, {}, 8) == {} and G.exit_rule([0.8], None, {}, 8) == {2: 0.8, 4: 0.8, 6: 0.8}
     assert G.exit_rule(None, None, lite, 8) == {2: 0.9, 4: 0.7} and G.exit_rule([1], None, lite, 8) == {2: 1, 4: 1}
     assert G.exit_rule([0.5, 0.6], [4, 6], lite, 8) == {4: 0.5, 6: 0.6}
+    assert [list(G.exit_rule([1], None, {}, n)) for n in (2, 15, 16, 40)] == [[], [2, 4, 6, 8, 10, 12, 14], [8, 12], [8, 12, 16, 20, 24, 28, 32, 36]]
     with pytest.raises(InputError, match="3 numbers for 2 exits"):
         G.exit_rule([0.5] * 3, None, lite, 8)
     for exits in ([0], [8], [2, 2], [-1], [6, 4]):

@@ -45,6 +45,17 @@ def test_feed_forward_widths_are_metas():
     assert ModelArgs(4096, 32, 32).ffn_dim == 11008                                                         # 7B
     assert ModelArgs(5120, 40, 40).ffn_dim == 13824                                                         # 13B
     assert ModelArgs(8192, 80, 64, multiple_of=4096, ffn_dim_multiplier=1.3).ffn_dim == 28672               # 70B
+    assert ModelArgs(100, 2, 2, multiple_of=1, ffn_dim_multiplier=1.3).ffn_dim == 345                       # int(1.3 * int(800 / 3)): 346 would be in one go
+
+
+def test_first_weights_have_the_variances_that_init_weights_names():
+    model = Transformer(ModelArgs(dim=128, n_layers=8, n_heads=4, vocab_size=512)).init_weights()
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all()                        # norms scale nothing yet
+        else:                                            # into the residual: 1 / (2 L D); 16 384 draws and more, so 8 % are seven errors
+            var = 1 / 2048 if name.split(".")[-2] in ("wo", "w2") else 1 / 128
+            assert p.var().item() == pytest.approx(var, rel=0.08) and abs(p.mean().item()) < 0.05 * var ** 0.5, name
 
 
 def test_parameter_counts_of_7b_and_13b():
@@ -224,6 +235,9 @@ def test_an_output_folder_stands_for_its_latest_save(tmp_path):
     write_folder(tmp_path / "step-3", random_model())
     (tmp_path / "latest").symlink_to("step-3")
     assert find_checkpoint(tmp_path).resolve() == (tmp_path / "step-3").resolve()
+    with pytest.raises(InputError) as e:
+        find_checkpoint(ROOT / "tests")                 # no checkpoint, and nothing of Hugging Face's
+    assert "no params.json" in str(e.value) and "Hugging" not in str(e.value)
 
 
 @pytest.mark.parametrize("shards, most", [(1, 1.1), (4, 2.1)])
@@ -253,6 +267,7 @@ def test_fused_and_packed_matrices_give_the_same_states(dtype, tolerance, monkey
         with torch.inference_mode():
             want, got = plain(tokens), fused(tokens)
         assert (want - got).abs().max() <= tolerance * want.abs().max()
+    assert not any(p.requires_grad for p in fused.parameters())          # training them would not reach what is read
     attention = fused.layers[0].attention
     if dtype == torch.float64:
         assert attention.joint.data_ptr() == attention.wk.weight.data_ptr()      # one copy, not two
