@@ -74,6 +74,7 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(Code())), ["refused"]),
     (lambda d: torch.save(dict(x=Code()), d / "consolidated.00.pth"), ["refused"]),
     (lambda d: torch.save([1], d / "consolidated.00.pth"), ["not a dictionary of tensors"]),
+    (lambda d: torch.save(torch.load(d / "consolidated.00.pth") | {"norm.weight": 1.0}, d / "consolidated.00.pth"), ["not a dictionary of tensors"]),
     (shards_unlike, ["consolidated.01.pth", "first shard's shapes"]), (second_shard_missing, ["shard"]), (lambda d: (d / "consolidated.00.pth").rename(d / "consolidated.01.pth"), ["shard"]),
     (lambda d: (edit_params(vocab_size=-1)(d), torch.save({"norm.weight": torch.ones(48)}, d / "consolidated.00.pth")),
      ["layers.0.attention.wk.weight missing"]),

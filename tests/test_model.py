@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT, random_model
 from model import (InputError, ModelArgs, Transformer, default_exits, find_checkpoint, lite_loss, load_meta, read_args,
-                   save_meta)
+                   rope_table, save_meta)
 from reference import Llama
 
 SPLIT = {"tok_embeddings": 1, "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}     # Meta's
@@ -63,6 +63,15 @@ def test_parameter_counts_of_7b_and_13b():
         count = [sum(p.numel() for p in Transformer(ModelArgs(*a, vocab_size=32000)).parameters())
                  for a in ((4096, 32, 32), (5120, 40, 40))]
     assert count == [6738415616, 13015864320]
+
+
+def test_a_model_that_has_decoded_can_be_trained():
+    rope_table.cache_clear()                             # or an earlier test's table serves
+    model, tokens = random_model(), torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens, tokens).sum().backward()               # would refuse what was made in inference mode
+    assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0
 
 
 def test_rope_tables_stay_fp32_in_a_bf16_model():

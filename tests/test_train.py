@@ -218,6 +218,24 @@ def test_head_lr_moves_the_output_matrix_faster_and_nothing_else():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def test_a_large_gradient_is_cut_to_clip_and_one_that_is_not_finite_moves_nothing():
+    model, seen = random_model(dtype=torch.float64), []
+    args = SimpleNamespace(exits=[2], weights=[1.0, 1.0], copying=0.0, choices=0.0, micro_batch_size=8, weight_decay=0.0, lr=1e-3, head_lr=1.0,
+                           warmup=0.5, steps=4, clip=0.5, out="run")
+    optimizer = T.optimizer_for(model, args)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))))
+    _, norm = T.update(model, optimizer, worker.rows(), range(8), 0, args)
+    assert norm > 0.6 and seen == [pytest.approx(0.5, rel=1e-5)]
+    args.clip = 100 * norm
+    _, norm = T.update(model, optimizer, worker.rows(), range(8), 1, args)
+    assert seen[1:] == [pytest.approx(norm, rel=1e-9)]
+    model.norm.weight.register_hook(lambda grad: grad * math.inf)    # the losses are finite, the gradient is not
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(InputError, match="step 3: loss or gradient is not finite"):
+        T.update(model, optimizer, worker.rows(), range(8), 2, args)
+    assert len(seen) == 2 and all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_bf16_weights_keep_small_updates_in_their_masters():
     """At lr 2e-5 a bf16 weight of 1 cannot move by itself (half its last bit is 2e-3); its fp32 master does."""
     p, plain = (torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(2))
