@@ -86,7 +86,8 @@ CHECKPOINTS = [  # what is done to a good folder, and words of the line it must 
     (lambda d: (d / "lite.json").write_text('{"exits": [2, 99]}'), ["lite.json: exits [2, 99]"]),
     (lambda d: (d / "lite.json").write_text('{"calibration": []}'), ["lite.json"]),
     (lambda d: (d / "lite.json").write_text('{"shortlist": [2, "a"]}'), ["lite.json", "shortlist"]),
-    (lambda d: (d / "lite.json").write_text('{"shortlist": [2, 40000]}'), ["lite.json", "shortlist", "another model"]),
+    (lambda d: (d / "lite.json").write_text('{"thresholds": {"2": 0.5, "6": 0.5}}'), ["lite.json: exits [2, 6]", "1 to 5"]),
+    (lambda d: (d / "lite.json").write_text('{"shortlist": [2, 512]}'), ["lite.json", "shortlist", "another model"]),
     (lambda d: (d / "lite.json").write_text('{"recompute": "no"}'), ["lite.json", "recompute"]),
     (lambda d: (d / "lite.json").write_text('{"check": -1}'), ["lite.json", "check"])]
 

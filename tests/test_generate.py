@@ -481,6 +481,22 @@ def test_tints_differ_by_exit_and_spare_full_depth_and_files(monkeypatch):
     tints = [G.tint("x", n, 8, terminal) for n in (2, 4, 6, 8)]
     assert len(set(tints)) == 4 and tints[3] == "x" and all("x" in t for t in tints)
     assert G.tint("x", 2, 8, file) == "x"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert G.tint("x", 2, 8, terminal) == "x"
+
+
+def test_the_summary_counts_tokens_layers_and_speed():
+    answers = [SimpleNamespace(exits=[8, 2, 2], drafts=[], prefill=0.5, decode=0.5), SimpleNamespace(exits=[8, 4], drafts=[], prefill=0.25, decode=0.25)]
+    assert G.summary(answers, 8) == ("5 tokens, 4.8 of 8 layers on average (2: 40%, 4: 20%, 8: 40%); "
+                                     "prefill 0.75 s, decode 4 tokens/s")          # 3 tokens after the first ones, in 0.75 s
+    answers[0].drafts = [2, 1]
+    assert "3 drafted in 2 rounds, chosen at layer (2: 40%" in G.summary(answers, 8)
+
+
+def test_checks_choose_among_as_many_frequent_tokens_as_thresholds_were_chosen_for():
+    for lite, flag, want in ((dict(shortlist=[9, 5, 7]), None, [9, 5, 7]), (dict(shortlist=[9, 5, 7], check=2), None, [9, 5]), (dict(shortlist=[9, 5, 7], check=0), None, []),
+                             (dict(shortlist=[9, 5, 7], check=2), 1, [9]), (dict(shortlist=[9, 5, 7]), 0, []), ({}, None, [])):
+        assert G.frequent_tokens(SimpleNamespace(shortlist=flag), lite) == want
 
 
 def test_the_stream_is_the_text_whatever_bytes_its_tokens_end_in(tokenizer, capsys):
