@@ -472,6 +472,8 @@ def test_verify_draft_seed_and_top_p_reach_decoding_from_their_flags(monkeypatch
     assert all(out.out == plain.out for out in drafted) and "drafted" not in plain.err
     assert 0 < counts[0][0] <= counts[0][1] > counts[1][1] and counts[1][0] > counts[1][1]
     hot = [ask("--temperature", 3, "--seed", seed).out for seed in (1, 1, 2)]
+    checked = [ask("--verify", "--threshold", 0.3, "--temperature", 1, "--seed", seed).out for seed in (1, 1, 2)]    # drafts are kept by draws, too
+    assert checked[0] == checked[1] != checked[2]
     assert hot[0] == hot[1] != hot[2] and ask("--temperature", 3, "--seed", 1, "--top-p", 1e-6).out == plain.out != hot[0]
 
 

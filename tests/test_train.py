@@ -475,6 +475,16 @@ def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
     assert counts == sorted(counts, reverse=True)
 
 
+def test_the_shortlist_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "SHORTLIST", 5)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)           # pytest keeps its own handlers
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--batch-size", "8", "--val", "8", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as e:
+        T.main()
+    said = collections.Counter(i for ids, n_prompt in tokenize(embedded(8), data.Tokenizer.load(data.TINY_FOLDER), 64) for i in ids[n_prompt:])
+    assert e.value.code == 0 and json.loads((tmp_path / "run/latest/lite.json").read_text())["shortlist"] == [i for i, _ in said.most_common(5)]
+
+
 def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output="bed") for i in range(4)]))
     subprocess.run(["cp", "-r", str(checkpoint), str(tmp_path / "ckpt")], check=True)
@@ -591,7 +601,7 @@ def test_a_save_that_does_not_know_its_log_keeps_all_of_it(straight, tmp_path):
 
 
 def test_resuming_refuses_other_settings_and_starting_refuses_a_run(straight, refused):
-    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--teacher", "tiny"], "has None"), ([], "--resume")):
+    for args, message in ((["--resume", "--seed", 7], "--seed 7"), (["--resume", "--lr", 1], "has 0.00"), (["--resume", "--batch-size", 4], "has 8"), (["--resume", "--teacher", "tiny"], "has None"), ([], "--resume")):
         assert message in refused(*args, "--out", straight / "one")
 
 
