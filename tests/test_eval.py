@@ -1,6 +1,7 @@
 """eval.py: its numbers against naive counts, and the figures of the committed tiny model."""
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -148,7 +149,9 @@ def test_the_oracle_leaves_at_the_first_right_exit_and_pays_for_one_check():
     layer = 96 * 96 * 4 + 3 * 96 * model.args.ffn_dim                # wq, wk, wv, wo of full width
     for e in Q.embedded(40, split="test"):
         prompt = tokenizer.encode(D.prompt_text(e), bos=True)
-        runs = E.compare(model, tokenizer, "s", e, prompt, {E.FULL: (8, {})}, [2, 4, 6], how)["runs"]
+        around = dict(e, output=f" {e['output']}\n")     # spaces around it do not make an answer wrong
+        runs = E.compare(model, tokenizer, "s", around, prompt, {E.FULL: (8, {})}, [2, 4, 6], how)["runs"]
+        assert runs[E.FULL]["exact"] == (runs[E.FULL]["text"] == e["output"])
         a = E.measure(model, prompt, 8, {}, how, [2, 4, 6])
         best = [next((n for n, ok in zip((2, 4, 6), rights) if ok), 8) for rights in zip(*a.right)]
         assert runs[E.ORACLE]["exits"] == best and runs[E.ORACLE]["layers"] == sum(best)
@@ -632,6 +635,32 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert len(asked) == 3 and without_time(lines) == without_time(whole)
     assert again["sets"]["embedded"]["rows"]["oracle"]["layers"] == figures["sets"]["embedded"]["rows"]["oracle"]["layers"]
     call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 6 --threshold 0.8 --out {tmp_path / 'r.jsonl'}", fails="another run")
+
+
+def test_a_run_is_another_if_anything_that_made_it_differs(tmp_path, monkeypatch, checkpoint):
+    folder, modules = shutil.copytree(checkpoint, tmp_path / "model"), [shutil.copy(ROOT / f"{m}.py", tmp_path) for m in ("data", "eval", "generate", "model")]
+    monkeypatch.setattr(E, "__file__", str(tmp_path / "eval.py"))
+    def ask(model=random_model(), work=("a",), rules=1, **flags):  # noqa: E306
+        return json.dumps(E.identity(SimpleNamespace(**dict(ckpt=folder, dtype=None, device=None, limit=5, out="x") | flags), model, work, rules))
+    seen = [ask(), ask(work=("b",)), ask(rules=2), ask(limit=6), ask(random_model().bfloat16()), ask(random_model().to("meta"))]
+    (folder / "notes.txt").write_text("of the user's")
+    assert ask() == seen[0] == ask(out="y")
+    for path in modules:
+        with open(path, "a") as f:
+            f.write("# changed\n")
+        seen.append(ask())
+    for name in ("consolidated.00.pth", "lite.json", "params.json", "tokenizer.model"):
+        os.utime(folder / name, (1, 1))                  # as if written anew
+        seen.append(ask())
+    assert len(set(seen)) == 14
+
+
+def test_what_is_no_file_of_answers_is_left_alone(tmp_path):
+    for text in ("hello", '{"i": 0}', '{"settings": {}}\n{"step": 1}', '{"settings": {}}\n[1]'):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(InputError, match="expected one run's answers"):
+            E.collect(tmp_path / "a.jsonl", {"settings": {}}, lambda i: {}, [0])
+        assert (tmp_path / "a.jsonl").read_text() == text
 
 
 def test_a_report_overwrites_no_file_of_another_kind(tmp_path, monkeypatch, capsys):

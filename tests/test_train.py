@@ -518,6 +518,8 @@ def test_a_lost_rank_is_told_from_a_bug(text):
     """The two ways in which gloo says it, and an error of ours."""
     args, bug = SimpleNamespace(timeout=5, out="run"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert "lost another rank" in str(T.explain(RuntimeError(text), args)) and T.explain(bug, args) is bug
+    full = T.explain(RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), args)      # torch.save's
+    assert isinstance(full, OSError) and "is the disk full?" in str(full)
 
 
 def test_two_machines_a_dead_rank_and_resume(tmp_path):
@@ -611,6 +613,20 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
     line = done.stderr.strip().splitlines()[-1]
     assert re.match(r"error: step [1-6]: loss", line) and "last good save" in line
     assert all(torch.isfinite(p).all() for p in load_meta(tmp_path / "run").parameters())
+
+
+def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path, monkeypatch, tokenizer):
+    """The loop's batches, from the start and from a step within the second epoch."""
+    model, rows, taken = random_model(), worker.rows()[:10], []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(T, "update", lambda ddp, optimizer, rows, batch, step, *_: taken.append((step, *batch)) or ([1.0, 1.0], 1.0))
+    args = SimpleNamespace(out=tmp_path / "run", batch_size=4, micro_batch_size=4, steps=9, save_every=99, seed=5, logged=0, exits=[2], weights=[1, 1], shortlist=[],
+                           lr=1e-3, warmup=0.1, head_lr=1.0, weight_decay=0.0)
+    for start in (0, 4):
+        assert T.train(model, model, None, T.optimizer_for(model, args), tokenizer, rows, rows[:2], args, start, 0, 1, lambda text: None) == 0
+    epochs = [batches(rows, 4, 5, epoch) for epoch in range(3)]
+    assert taken[:9] == [(step, *epochs[step // 3][step % 3]) for step in range(9)] and taken[9:] == taken[4:9]
+    assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
 def test_no_lite_trains_the_last_layer_alone(tmp_path):
