@@ -684,6 +684,38 @@ def test_two_processes_share_the_prompts(tmp_path, monkeypatch, capsys):
         assert one.keys() == two.keys() and all(one[k]["exits"] == two[k]["exits"] and one[k]["text"] == two[k]["text"] for k in one)
 
 
+def test_the_process_that_is_done_last_tells(tmp_path, monkeypatch, capsys):
+    told = []
+    for rank in "01":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 2 --threshold 0.9 --max-new-tokens 4 --out {tmp_path / 'r.jsonl'}")
+        told.append(capsys.readouterr().out.count("agreement"))
+    assert told == [0, 6]
+
+
+def test_prompts_that_fill_the_context_are_left_out_aloud(tmp_path, monkeypatch, capsys):
+    tokenizer, exact = D.Tokenizer.load(ROOT / "tiny"), {}
+    for n in range(256):                                 # of exactly as many tokens, BOS included
+        example = dict(instruction=" ".join(["hen"] * n), input="", output="hen")
+        exact[len(tokenizer.encode(D.prompt_text(example), bos=True))] = example
+    out, files = tmp_path / "r.jsonl", [tmp_path / "two.json", tmp_path / "one.json"]
+    files[0].write_text(json.dumps([exact[256], exact[255]]))
+    files[1].write_text(json.dumps([exact[256]]))
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {files[0]} --threshold 0.9 --out {out}")
+    assert "1 prompts fill the context of 256 tokens: left out" in capsys.readouterr().err
+    header, lines = E.read_answers(out)
+    assert header["prompts"] == 1 and lines[0]["prompt"] == D.prompt_text(exact[255])
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --data {files[1]} --out {tmp_path / 'no.jsonl'}", fails="all 1 prompts fill the context")
+
+
+def test_thresholds_without_a_word_of_what_they_were_chosen_for_are_judged(tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
+    (folder / "lite.json").write_text(json.dumps(read_lite(folder) | dict(thresholds={"2": 0.9, "4": 0.9, "6": 0.9})))       # by hand, say
+    call(monkeypatch, E, f"--ckpt {folder} --limit 2 --threshold --out {tmp_path / 'r.jsonl'}")
+    assert "lite.json: " in capsys.readouterr().out
+
+
 def test_the_test_sets_by_set_and_category(tmp_path, monkeypatch, capsys):
     (tmp_path / "s.v.jsonl").write_text('{"text": "Sort d a.", "category": "generic"}\n{"text": "Say hen.", "category": "other"}')
     (tmp_path / "s.w.jsonl").write_text('{"idx": 1, "Skill": "Math", "Difficulty": 3, "Instruction": "Say 3."}')

@@ -234,6 +234,9 @@ def test_a_large_gradient_is_cut_to_clip_and_one_that_is_not_finite_moves_nothin
     with pytest.raises(InputError, match="step 3: loss or gradient is not finite"):
         T.update(model, optimizer, worker.rows(), range(8), 2, args)
     assert len(seen) == 2 and all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for values in ([1.0, math.inf], [math.nan, 1.0], [-math.inf, 1.0]):
+        with pytest.raises(InputError, match="step 7: loss"):
+            T.check_finite(values, 7, args)
 
 
 def test_bf16_weights_keep_small_updates_in_their_masters():
@@ -624,6 +627,8 @@ def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path, monkey
                            lr=1e-3, warmup=0.1, head_lr=1.0, weight_decay=0.0)
     for start in (0, 4):
         assert T.train(model, model, None, T.optimizer_for(model, args), tokenizer, rows, rows[:2], args, start, 0, 1, lambda text: None) == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[0] == dict(step=0, validation=exit_losses(model, rows[:2], [2], 4)[0]) and log[0]["validation"] != exit_losses(model, rows, [2], 4)[0]
     epochs = [batches(rows, 4, 5, epoch) for epoch in range(3)]
     assert taken[:9] == [(step, *epochs[step // 3][step % 3]) for step in range(9)] and taken[9:] == taken[4:9]
     assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
