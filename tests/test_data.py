@@ -53,6 +53,9 @@ def test_a_broken_tokenizer_is_one_line(tmp_path, tokenizer):
         D.Tokenizer.load(tmp_path / "7b")
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     assert D.Tokenizer.load(tmp_path / "7b").size == tokenizer.size          # in the parent, where Meta puts it
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/model").symlink_to(tmp_path / "7b")
+    assert D.Tokenizer.load(tmp_path / "links/model").size == tokenizer.size         # of the folder itself, not of a link to it
     with pytest.raises(InputError, match="rows"):
         D.Tokenizer.load(tmp_path / "7b", vocab_size=100)
 
@@ -89,6 +92,9 @@ def test_long_examples_are_cut_or_dropped_and_counted_aloud(tokenizer):
     assert said[0].startswith("1 of 3 examples dropped") and said[1].startswith("1 of 3 examples cut")
     with pytest.raises(InputError, match="every example's prompt"):
         D.tokenize([dropped], tokenizer, limit, said.append)
+    with pytest.raises(InputError, match="every example's prompt"):              # a prompt that just fits leaves no room for an answer
+        D.tokenize([short], tokenizer, limit - 4, said.append)
+    assert len(D.tokenize([short], tokenizer, limit - 3, said.append)[0][0]) == limit - 3 and said[-1].startswith("1 of 1 examples cut")
 
 
 # --- batches -----------------------------------------------------------------------------------------------------------
@@ -134,6 +140,12 @@ def test_alpaca_json_and_jsonl_read_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n")
     want = [example("A", "B\u2028C", "D"), example("E", "", "F")]
     assert D.read_examples(tmp_path / "a.json") == D.read_examples(tmp_path / "a.jsonl") == want
+
+
+def test_a_limit_takes_examples_evenly_spaced(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([dict(instruction=str(i), output="") for i in range(10)]))
+    told = [[int(e["instruction"]) for e in D.read_examples(tmp_path / "a.json", limit)] for limit in (1, 3, 10, 99, None)]
+    assert told == [[0], [0, 3, 6], [*range(10)], [*range(10)], [*range(10)]]
 
 
 FORMATS = {

@@ -150,12 +150,15 @@ def test_the_oracle_leaves_at_the_first_right_exit_and_pays_for_one_check():
     for e in Q.embedded(40, split="test"):
         prompt = tokenizer.encode(D.prompt_text(e), bos=True)
         around = dict(e, output=f" {e['output']}\n")     # spaces around it do not make an answer wrong
-        runs = E.compare(model, tokenizer, "s", around, prompt, {E.FULL: (8, {})}, [2, 4, 6], how)["runs"]
+        runs = E.compare(model, tokenizer, "s", around, prompt, {E.FULL: (8, {}), "first": (2, {})}, [2, 4, 6], how)["runs"]
         assert runs[E.FULL]["exact"] == (runs[E.FULL]["text"] == e["output"])
         a = E.measure(model, prompt, 8, {}, how, [2, 4, 6])
         best = [next((n for n, ok in zip((2, 4, 6), rights) if ok), 8) for rights in zip(*a.right)]
         assert runs[E.ORACLE]["exits"] == best and runs[E.ORACLE]["layers"] == sum(best)
         assert runs[E.ORACLE]["bytes"] == 4 * sum(n * layer + 96 * (512 if n == 8 else size) for n, size in zip(best, a.sizes))
+        pooled = [x.pooled.double().numpy() for x in (a, E.measure(model, prompt, 2, {}, how))]
+        cosine = pooled[0] @ pooled[1] / np.prod([np.linalg.norm(x) for x in pooled])
+        assert runs["first"]["similarity"] == pytest.approx(cosine, rel=1e-5) and runs[E.FULL]["similarity"] == pytest.approx(1, rel=1e-6)
         kinds |= set(best)
     assert kinds == {2, 4, 6, 8}
 
@@ -692,6 +695,18 @@ def test_the_process_that_is_done_last_tells(tmp_path, monkeypatch, capsys):
         call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 2 --threshold 0.9 --max-new-tokens 4 --out {tmp_path / 'r.jsonl'}")
         told.append(capsys.readouterr().out.count("agreement"))
     assert told == [0, 6]
+    rows = D.tokenize(Q.embedded(2, split="test"), D.Tokenizer.load(ROOT / "tiny"), 256)       # the last line: losses of all references
+    want = [[n, *x] for n, *x in zip((2, 4, 6, 8), *E.exit_losses(load_meta(ROOT / "tiny", torch.float32), rows, [2, 4, 6], 8))]
+    for got, x in zip(E.read_answers(tmp_path / "r.jsonl")[1][2]["teacher_forced"], want, strict=True):
+        assert got == pytest.approx(x, rel=1e-4)
+
+
+def test_answers_of_a_training_run_bear_its_name(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tiny", tmp_path / "mine/step-3")
+    (tmp_path / "mine/latest").symlink_to("step-3")
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, E, "--ckpt mine --limit 1 --threshold --max-new-tokens 2")
+    assert [p.name.split("-")[0] for p in (tmp_path / "results").iterdir()] == ["mine"]
 
 
 def test_prompts_that_fill_the_context_are_left_out_aloud(tmp_path, monkeypatch, capsys):

@@ -478,14 +478,36 @@ def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
     assert counts == sorted(counts, reverse=True)
 
 
-def test_the_shortlist_has_an_end(tmp_path, monkeypatch):
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """What train.py's main() has ready for its loop, as given some flags."""
+    def call(*args):
+        got = []
+        monkeypatch.setattr(T, "train", lambda *a: got.extend(a) or 0)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", "8", "--val", "8", "--out", str(tmp_path / "run"), *map(str, args)])
+        with pytest.raises(SystemExit):
+            T.main()
+        return SimpleNamespace(**dict(zip("ddp model teacher optimizer tokenizer rows val args".split(), got)))
+    return call
+
+
+def test_the_shortlist_has_an_end(prepared, monkeypatch):
     monkeypatch.setattr(T, "SHORTLIST", 5)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)           # pytest keeps its own handlers
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--batch-size", "8", "--val", "8", "--out", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as e:
-        T.main()
-    said = collections.Counter(i for ids, n_prompt in tokenize(embedded(8), data.Tokenizer.load(data.TINY_FOLDER), 64) for i in ids[n_prompt:])
-    assert e.value.code == 0 and json.loads((tmp_path / "run/latest/lite.json").read_text())["shortlist"] == [i for i, _ in said.most_common(5)]
+    run = prepared("--steps", 1)
+    said = collections.Counter(i for ids, n_prompt in run.rows for i in ids[n_prompt:])
+    assert run.args.shortlist == [i for i, _ in said.most_common(5)] and len(run.rows) == 8
+
+
+def test_seed_and_checkpointing_reach_the_model(prepared):
+    runs = [prepared("--steps", 1, *flags) for flags in (("--seed", 1), ("--seed", 1), ("--seed", 2), ("--activation-checkpointing",))]
+    first = [run.model.layers[3].attention.wq.weight for run in runs]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert [run.model.checkpoint_blocks for run in runs] == [False, False, False, True]
+
+
+def test_epochs_are_counted_in_whole_batches(prepared, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output="bed") for i in range(18)]))
+    assert prepared("--data", tmp_path / "d.json", "--epochs", 1.5).args.steps == 3              # 10 rows in batches of 8 and 2, 1.5 times
 
 
 def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
