@@ -121,7 +121,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("train", "--no-lite --exits 2,4 --out DIR/new", ["--exits", "no-lite"]),
     ("train", "--resume --out DIR/new", ["no such folder", "new"]), ("train", "--resume --out DIR/mine", ["mine"]), ("train", "--resume --out CKPT", ["no run to go on"]),
     ("train", "--exits 2,9 --out DIR/new", ["--exits"]), ("train", "--weights 1,2 --out DIR/new", ["--weights", "expected 4"]), ("train", "--weights 0,0,0,0 --out DIR/new", ["--weights", "not all 0"]),
-    ("train", "--batch-size 0 --out DIR/new", ["--batch-size"]), ("train", "--dtype float16 --out DIR/new", ["float16"]),
+    ("train", "--batch-size 0 --out DIR/new", ["--batch-size"]), ("train", "--lr inf --out DIR/new", ["--lr", "inf given"]), ("train", "--dtype float16 --out DIR/new", ["float16"]),
     ("train", "--device cuda:7 --out DIR/new", ["cuda:7"]), ("train", "--steps -3 --out DIR/new", ["--steps"])]
 
 

@@ -131,6 +131,13 @@ def test_batches_are_seeded_new_each_epoch_and_sorted_within():
     assert lengths != sorted(lengths)                                     # short and long batches alternate
 
 
+def test_batches_are_of_new_company_each_epoch_and_the_short_one_comes_anywhere():
+    rows = [([0] * 5, 2)] * 22                           # 5 batches of 4 and one of 2
+    epochs = [D.batches(rows, 4, 0, epoch) for epoch in range(30)]
+    assert len({frozenset(map(frozenset, cuts)) for cuts in epochs}) == 30
+    assert {[len(cut) for cut in cuts].index(2) for cuts in epochs} == {*range(6)}
+
+
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
