@@ -100,7 +100,7 @@ FLAGS = [  # script, arguments (CKPT, DIR and DATA are filled in), words of the 
     ("generate", "--ckpt CKPT --exits x hi", ["--exits"]), ("generate", "--ckpt CKPT --temperature -1 hi", ["--temperature"]),
     ("generate", "--ckpt CKPT --top-p 0 hi", ["--top-p"]), ("generate", "--ckpt CKPT --max-new-tokens 0 hi", ["--max-new-tokens"]),
     ("generate", "--ckpt CKPT --threshold 0.5 --shortlist 5 hi", ["lite.json", "no shortlist"]),
-    ("generate", "--ckpt CKPT --dtype int8 hi", ["--dtype"]), ("generate", "--ckpt CKPT --device cuda:7 hi", ["cuda:7", "cpu"]),
+    ("generate", "--ckpt CKPT --thresh 0.5 hi", ["unrecognized", "--thresh"]), ("generate", "--ckpt CKPT --dtype int8 hi", ["--dtype"]), ("generate", "--ckpt CKPT --device cuda:7 hi", ["cuda:7", "cpu"]),
     ("generate", "--ckpt CKPT --device tpux hi", ["tpux"]), ("generate", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]),
     ("eval", "--ckpt CKPT --data DIR/none.json", ["none.json", "no such file"]), ("eval", "--ckpt CKPT --threshold 2", ["--threshold", "2 given"]),
     ("eval", "--ckpt DIR/none", ["no such folder"]), ("eval", "--ckpt CKPT --limit 0", ["--limit"]),
@@ -169,6 +169,35 @@ def test_bad_checkpoints(place, monkeypatch, capsys, damage, words):
 def test_bad_flags_and_data(place, monkeypatch, capsys, script, args, words):
     args = args.replace("CKPT", "ckpt").replace("DIR/", "").replace("DATA", "d.json").split()
     refused(script, args, words, place, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("error, rank, code, said", [
+    (data.InputError("a\nb"), 0, 2, "error: a b\n"), (data.InputError("a"), 1, 2, ""), (OSError("disk"), 1, 2, "error: disk\n"), (KeyboardInterrupt(), 0, 130, "")])
+def test_what_ends_a_command_is_a_line_once_and_a_code(monkeypatch, capsys, error, rank, code, said):
+    """What the user gave is wrong for all ranks alike, and told by the first; a disk may be one rank's own."""
+    def main():
+        raise error
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(SystemExit) as e:
+        data.run(main)
+    assert e.value.code == code and capsys.readouterr().err == said
+
+
+def test_devices_are_dealt_out_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert data.pick_device("cuda") == torch.device("cuda:1") and data.pick_device("cpu") == torch.device("cpu")
+    for name, found in (("cuda:0", "single process"), ("gpu", "expected cpu")):
+        with pytest.raises(data.InputError, match=found):
+            data.pick_device(name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(data.InputError, match=r"found 2 CUDA devices for 3 process"):
+        data.pick_device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert data.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(data.InputError, match="found 2 CUDA devices"):
+        data.pick_device("cuda:2")
 
 
 def test_as_a_command_it_is_one_line_and_exit_code_2(tmp_path):

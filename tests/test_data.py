@@ -1,6 +1,7 @@
 """data.py: tokens, labels, files, batches, and the embedded set."""
 import collections
 import functools
+import gzip
 import http.server
 import json
 import threading
@@ -184,7 +185,9 @@ def test_the_real_sets_are_read_whole(shared, name, n):
     ("t.json", '[{"instruction": 3, "output": "b"}]', "entry 1: found keys"),
     ("i.jsonl", '{"instruction": "a", "instances": [], "motivation_app": "b"}', "line 1"), ("o.json", '{"a": 1}', "line 1"),
     ("n.json", "[" * 100000, "line 1: not JSON"), ("n.jsonl", '{"prompt": "a"}\n{"prompt": ' + "7" * 5000 + "}", "line 2: not JSON"),
-    ("z.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"\xff" * 20, "invalid block type")])
+    ("z.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"\xff" * 20, "invalid block type"),
+    ("c.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "ended before"), ("u.jsonl", b'{"prompt": "\xff"}', "can't decode"),
+    ("h.jsonl", '{"prompt": "\\ud800"}', "line 1: found keys prompt")])
 def test_bad_files_name_file_and_line(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
