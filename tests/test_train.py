@@ -640,19 +640,37 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
     assert all(torch.isfinite(p).all() for p in load_meta(tmp_path / "run").parameters())
 
 
-def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(tmp_path, monkeypatch, tokenizer):
-    """The loop's batches, from the start and from a step within the second epoch."""
-    model, rows, taken = random_model(), worker.rows()[:10], []
+@pytest.fixture
+def loop(tmp_path, monkeypatch, tokenizer):
+    """train.py's loop over 10 rows in batches of 4, in this process: what it returns. `step` stands in for a step of training."""
+    def call(start, step, **flags):
+        monkeypatch.setattr(T, "update", lambda ddp, optimizer, rows, batch, n, *_: step(n, batch) or ([1.0, 1.0], 1.0))
+        args = SimpleNamespace(**dict(out=tmp_path / "run", batch_size=4, micro_batch_size=4, steps=9, save_every=99, seed=5, logged=0, exits=[2], weights=[1, 1],
+                                      shortlist=[], lr=1e-3, warmup=0.1, head_lr=1.0, weight_decay=0.0) | flags)
+        model, rows = random_model(), worker.rows()[:10]
+        return T.train(model, model, None, T.optimizer_for(model, args), tokenizer, rows, rows[:2], args, start, 0, 1, lambda text: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(T, "update", lambda ddp, optimizer, rows, batch, step, *_: taken.append((step, *batch)) or ([1.0, 1.0], 1.0))
-    args = SimpleNamespace(out=tmp_path / "run", batch_size=4, micro_batch_size=4, steps=9, save_every=99, seed=5, logged=0, exits=[2], weights=[1, 1], shortlist=[],
-                           lr=1e-3, warmup=0.1, head_lr=1.0, weight_decay=0.0)
-    for start in (0, 4):
-        assert T.train(model, model, None, T.optimizer_for(model, args), tokenizer, rows, rows[:2], args, start, 0, 1, lambda text: None) == 0
+    return call
+
+
+def test_a_signal_does_not_wait_for_a_validation(loop, tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    assert loop(0, lambda n, batch: n == 1 and handlers[signal.SIGTERM](signal.SIGTERM, None), save_every=2) == signal.SIGTERM
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [("validation" in line, line["step"]) for line in log] == [(True, 0), (False, 1), (False, 2)]
+    assert os.readlink(tmp_path / "run/latest") == "step-2"          # where a regular save was due
+
+
+def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(loop, tmp_path):
+    """The loop's batches, from a step within the second epoch and from the start."""
+    model, rows, taken = random_model(), worker.rows()[:10], []
+    for start in (4, 0):
+        assert loop(start, lambda n, batch: taken.append((n, *batch))) == 0
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert log[0] == dict(step=0, validation=exit_losses(model, rows[:2], [2], 4)[0]) and log[0]["validation"] != exit_losses(model, rows, [2], 4)[0]
     epochs = [batches(rows, 4, 5, epoch) for epoch in range(3)]
-    assert taken[:9] == [(step, *epochs[step // 3][step % 3]) for step in range(9)] and taken[9:] == taken[4:9]
+    assert taken[5:] == [(step, *epochs[step // 3][step % 3]) for step in range(9)] and taken[:5] == taken[9:]
     assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
