@@ -480,11 +480,13 @@ def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    """What train.py's main() has ready for its loop, as given some flags."""
+    """What train.py's main() has ready for its loop, given some flags and 18 examples, of which 10 are to be trained on."""
+    (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output=f"bed {i}") for i in range(18)]))
     def call(*args):
         got = []
         monkeypatch.setattr(T, "train", lambda *a: got.extend(a) or 0)
-        monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", "8", "--val", "8", "--out", str(tmp_path / "run"), *map(str, args)])
+        flags = ["--data", tmp_path / "d.json", "--batch-size", 8, "--val", 8, "--out", tmp_path / "run", *args]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
         with pytest.raises(SystemExit):
             T.main()
         return SimpleNamespace(**dict(zip("ddp model teacher optimizer tokenizer rows val args".split(), got)))
@@ -495,7 +497,7 @@ def test_the_shortlist_has_an_end(prepared, monkeypatch):
     monkeypatch.setattr(T, "SHORTLIST", 5)
     run = prepared("--steps", 1)
     said = collections.Counter(i for ids, n_prompt in run.rows for i in ids[n_prompt:])
-    assert run.args.shortlist == [i for i, _ in said.most_common(5)] and len(run.rows) == 8
+    assert run.args.shortlist == [i for i, _ in said.most_common(5)] and len(run.rows) == 10
 
 
 def test_seed_and_checkpointing_reach_the_model(prepared):
@@ -505,9 +507,8 @@ def test_seed_and_checkpointing_reach_the_model(prepared):
     assert [run.model.checkpoint_blocks for run in runs] == [False, False, False, True]
 
 
-def test_epochs_are_counted_in_whole_batches(prepared, tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output="bed") for i in range(18)]))
-    assert prepared("--data", tmp_path / "d.json", "--epochs", 1.5).args.steps == 3              # 10 rows in batches of 8 and 2, 1.5 times
+def test_epochs_are_counted_in_whole_batches(prepared):
+    assert prepared("--epochs", 1.5).args.steps == 3     # 10 rows in batches of 8 and 2, 1.5 times
 
 
 def test_tuning_goes_on_with_the_exits_of_the_checkpoint(checkpoint, tmp_path):
