@@ -41,6 +41,8 @@ def test_each_part_of_the_template_is_one_piece_and_digits_stand_alone(tokenizer
 def test_decoding_after_a_prompt_keeps_the_space_between(tokenizer):
     before, new = tokenizer.encode("The sun", bos=True), tokenizer.encode("is red")
     assert tokenizer.decode(new, before) == " is red" and tokenizer.decode(new) == "is red"
+    nothing = [tokenizer.size, tokenizer.size + 7]       # rows of a model that has more than the tokenizer has pieces
+    assert tokenizer.decode(nothing + new, before + nothing) == " is red"
 
 
 def test_a_broken_tokenizer_is_one_line(tmp_path, tokenizer):

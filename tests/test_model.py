@@ -48,6 +48,11 @@ def test_feed_forward_widths_are_metas():
     assert ModelArgs(100, 2, 2, multiple_of=1, ffn_dim_multiplier=1.3).ffn_dim == 345                       # int(1.3 * int(800 / 3)): 346 would be in one go
 
 
+def test_null_in_params_json_is_a_value_left_out(tmp_path):
+    (tmp_path / "params.json").write_text('{"dim": 48, "n_layers": 6, "n_heads": 6, "n_kv_heads": null, "ffn_dim_multiplier": null, "vocab_size": -1}')
+    assert read_args(tmp_path) == ModelArgs(48, 6, 6)
+
+
 def test_first_weights_have_the_variances_that_init_weights_names():
     model = Transformer(ModelArgs(dim=128, n_layers=8, n_heads=4, vocab_size=512)).init_weights()
     for name, p in model.named_parameters():

@@ -803,10 +803,14 @@ def test_a_save_that_dies_half_way_leaves_the_last_one(tmp_path, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == ["latest", "step-3", "step-3-mine", "step-4"]
     with pytest.raises(InputError, match="rank 1 does not see what rank 0 wrote"):       # on a machine with an out/ of its own, say
         T.save(out, 5, model, optimizer, tokenizer, args, rank=1)
-    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    free = 14 * sum(p.numel() for p in model.parameters())           # bf16 weights, fp32 masters and two moments
+    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
     with pytest.raises(InputError, match="a save takes 0.0 GiB"):
         T.save(out, 5, model, optimizer, tokenizer, args)
     assert os.readlink(out / "latest") == "step-4" and load_meta(out).args == model.args
+    monkeypatch.setattr(T.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    T.save(out, 5, model, optimizer, tokenizer, args)
+    assert os.readlink(out / "latest") == "step-5"
 
 
 def test_saves_without_their_latest_are_not_overwritten(straight, tmp_path, refused):
