@@ -74,6 +74,8 @@ def asked_for(config):
 def pytest_configure(config):
     for mark, what in OPT_IN.items():
         config.addinivalue_line("markers", f"{mark}: {what}; opt-in, by `pytest -m {mark}`")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):        # of a job that pytest may run in
+        os.environ.pop(name, None)
     if "gpu" not in asked_for(config):                   # else commands would take it, and torchrun's two ranks want two
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -195,6 +195,7 @@ def test_devices_are_dealt_out_or_refused(monkeypatch):
     with pytest.raises(data.InputError, match=r"found 2 CUDA devices for 3 process"):
         data.pick_device("cuda")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert data.pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(data.InputError, match="found 2 CUDA devices"):
         data.pick_device("cuda:2")

@@ -127,10 +127,10 @@ def test_costs_are_what_a_whole_generation_runs_and_reads(few, recompute):
     assert {2, 4, 6} == set(n)
     E.judge(model, a, few)
     cost = E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6, recompute)
-    rounding = 1e-3 * recompute                          # there a row's masked products reach the rows beside it, which the formula leaves out
-    assert cost["bytes"] == books.bytes and cost["FLOPs"] == pytest.approx(flops, rel=rounding, abs=0) and cost["layers"] == n.sum()
+    masked = 1e-3 * recompute                            # rows together: attention's masked half, which is computed but not counted
+    assert cost["bytes"] == books.bytes and 0 <= flops - cost["FLOPs"] <= masked * flops and cost["layers"] == n.sum()
     told = E.measure(model, prompt, 6, thresholds, how | dict(max_new_tokens=40, eos=None)).numbers
-    assert cost == {key: told[key] for key in cost} and (recompute or cost == E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6))
+    assert cost == {key: told[key] for key in cost} and (recompute or cost == E.costs(model, a, n, (n >= 2) * 1 + (n >= 4), 6))      # copies are the default
 
 
 def test_first_layers_are_a_model_of_that_depth():
@@ -139,7 +139,7 @@ def test_first_layers_are_a_model_of_that_depth():
     assert torch.equal(E.first_layers(model, 2)(tokens), model.logits(state))
     assert len(model.layers) == 6 and model(tokens).shape == (1, 9, 96)
     told = E.measure(model, [1, 40, 7], 2, {}, dict(frequent=(), max_new_tokens=5, eos=None)).numbers
-    costs = [E.costs(model, SimpleNamespace(prompt=[1, 40, 7], sizes=[96] * 4), [n] * 4, 0, n) for n in (2, 6)]      # with the head, both
+    costs = [E.costs(model, SimpleNamespace(prompt=[1, 40, 7], sizes=[96] * 4), [n] * 4, 0, n) for n in (2, 6)]      # both pay the whole head
     assert all((told[key], told[f"full_{key}"]) == (costs[0][key], costs[1][key]) for key in costs[0])
 
 
@@ -153,12 +153,13 @@ def test_the_oracle_leaves_at_the_first_right_exit_and_pays_for_one_check():
         runs = E.compare(model, tokenizer, "s", around, prompt, {E.FULL: (8, {}), "first": (2, {})}, [2, 4, 6], how)["runs"]
         assert runs[E.FULL]["exact"] == (runs[E.FULL]["text"] == e["output"])
         a = E.measure(model, prompt, 8, {}, how, [2, 4, 6])
-        best = [next((n for n, ok in zip((2, 4, 6), rights) if ok), 8) for rights in zip(*a.right)]
+        right = np.array(a.right)                        # (3, N)
+        best = np.where(right.any(0), 2 + 2 * right.argmax(0), 8).tolist()
         assert runs[E.ORACLE]["exits"] == best and runs[E.ORACLE]["layers"] == sum(best)
         assert runs[E.ORACLE]["bytes"] == 4 * sum(n * layer + 96 * (512 if n == 8 else size) for n, size in zip(best, a.sizes))
         pooled = [x.pooled.double().numpy() for x in (a, E.measure(model, prompt, 2, {}, how))]
         cosine = pooled[0] @ pooled[1] / np.prod([np.linalg.norm(x) for x in pooled])
-        assert runs["first"]["similarity"] == pytest.approx(cosine, rel=1e-5) and runs[E.FULL]["similarity"] == pytest.approx(1, rel=1e-6)
+        assert runs["first"]["similarity"] == pytest.approx(cosine, abs=1e-5) and runs[E.FULL]["similarity"] == pytest.approx(1, abs=1e-5)
         kinds |= set(best)
     assert kinds == {2, 4, 6, 8}
 
@@ -641,10 +642,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
 
 
 def test_a_run_is_another_if_anything_that_made_it_differs(tmp_path, monkeypatch, checkpoint):
-    folder, modules = shutil.copytree(checkpoint, tmp_path / "model"), [shutil.copy(ROOT / f"{m}.py", tmp_path) for m in ("data", "eval", "generate", "model")]
+    folder, modules = shutil.copytree(checkpoint, tmp_path / "model"), [shutil.copyfile(ROOT / f"{m}.py", tmp_path / f"{m}.py") for m in ("data", "eval", "generate", "model")]
     monkeypatch.setattr(E, "__file__", str(tmp_path / "eval.py"))
     def ask(model=random_model(), work=("a",), rules=1, **flags):  # noqa: E306
-        return json.dumps(E.identity(SimpleNamespace(**dict(ckpt=folder, dtype=None, device=None, limit=5, out="x") | flags), model, work, rules))
+        return json.dumps(E.identity(SimpleNamespace(**dict(ckpt=folder, limit=5, out="x") | flags), model, work, rules))
     seen = [ask(), ask(work=("b",)), ask(rules=2), ask(limit=6), ask(random_model().bfloat16()), ask(random_model().to("meta"))]
     (folder / "notes.txt").write_text("of the user's")
     assert ask() == seen[0] == ask(out="y")
@@ -695,7 +696,11 @@ def test_the_process_that_is_done_last_tells(tmp_path, monkeypatch, capsys):
         call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 2 --threshold 0.9 --max-new-tokens 4 --out {tmp_path / 'r.jsonl'}")
         told.append(capsys.readouterr().out.count("agreement"))
     assert told == [0, 6]
-    rows = D.tokenize(Q.embedded(2, split="test"), D.Tokenizer.load(ROOT / "tiny"), 256)       # the last line: losses of all references
+
+
+def test_the_last_line_holds_the_losses_on_all_references(tmp_path, monkeypatch):
+    call(monkeypatch, E, f"--ckpt {ROOT / 'tiny'} --limit 2 --threshold 0.9 --max-new-tokens 4 --out {tmp_path / 'r.jsonl'}")
+    rows = D.tokenize(Q.embedded(2, split="test"), D.Tokenizer.load(ROOT / "tiny"), 256)
     want = [[n, *x] for n, *x in zip((2, 4, 6, 8), *E.exit_losses(load_meta(ROOT / "tiny", torch.float32), rows, [2, 4, 6], 8))]
     for got, x in zip(E.read_answers(tmp_path / "r.jsonl")[1][2]["teacher_forced"], want, strict=True):
         assert got == pytest.approx(x, rel=1e-4)

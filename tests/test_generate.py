@@ -470,14 +470,15 @@ def test_verify_draft_seed_and_top_p_reach_decoding_from_their_flags(monkeypatch
     plain, drafted = ask(), [ask("--verify", "--threshold", 0.3, "--draft", n) for n in (1, 4)]
     counts = [[int(n) for n in re.search(r"(\d+) drafted in (\d+) rounds", out.err).groups()] for out in drafted]
     assert all(out.out == plain.out for out in drafted) and "drafted" not in plain.err
+    assert "exits (thresholds): full depth" in plain.err and "exits (thresholds): 2 (0.3)  4 (0.3)  6 (0.3)" in drafted[0].err
     assert 0 < counts[0][0] <= counts[0][1] > counts[1][1] and counts[1][0] > counts[1][1]
     hot = [ask("--temperature", 3, "--seed", seed).out for seed in (1, 1, 2)]
-    checked = [ask("--verify", "--threshold", 0.3, "--temperature", 1, "--seed", seed).out for seed in (1, 1, 2)]    # drafts are kept by draws, too
-    assert checked[0] == checked[1] != checked[2]
     assert hot[0] == hot[1] != hot[2] and ask("--temperature", 3, "--seed", 1, "--top-p", 1e-6).out == plain.out != hot[0]
+    checked = [ask("--verify", "--threshold", 0.05, "--temperature", 3, "--seed", seed).out for seed in (1, 1, 2)]    # drafts are kept by draws, too
+    assert checked[0] == checked[1] != checked[2]
 
 
-def test_tints_differ_by_exit_and_spare_full_depth_and_files(monkeypatch):
+def test_tints_differ_by_exit_and_spare_full_depth_files_and_who_wants_none(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminal, file = SimpleNamespace(isatty=lambda: True), SimpleNamespace(isatty=lambda: False)
     tints = [G.tint("x", n, 8, terminal) for n in (2, 4, 6, 8)]

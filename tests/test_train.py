@@ -482,14 +482,17 @@ def test_the_shortlist_is_what_responses_say_most(straight, tokenizer):
 def prepared(tmp_path, monkeypatch):
     """What train.py's main() has ready for its loop, given some flags and 18 examples, of which 10 are to be trained on."""
     (tmp_path / "d.json").write_text(json.dumps([dict(instruction=f"Say bed {i}.", output=f"bed {i}") for i in range(18)]))
+
     def call(*args):
         got = []
         monkeypatch.setattr(T, "train", lambda *a: got.extend(a) or 0)
         flags = ["--data", tmp_path / "d.json", "--batch-size", 8, "--val", 8, "--out", tmp_path / "run", *args]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as e:
             T.main()
+        assert e.value.code == 0
         return SimpleNamespace(**dict(zip("ddp model teacher optimizer tokenizer rows val args".split(), got)))
+
     return call
 
 
@@ -497,7 +500,9 @@ def test_the_shortlist_has_an_end(prepared, monkeypatch):
     monkeypatch.setattr(T, "SHORTLIST", 5)
     run = prepared("--steps", 1)
     said = collections.Counter(i for ids, n_prompt in run.rows for i in ids[n_prompt:])
-    assert run.args.shortlist == [i for i, _ in said.most_common(5)] and len(run.rows) == 10
+    listed = run.args.shortlist
+    assert len(run.rows) == 10 and len(set(listed)) == len(listed) == 5
+    assert min(said[i] for i in listed) >= max(n for i, n in said.items() if i not in listed)
 
 
 def test_seed_and_checkpointing_reach_the_model(prepared):
@@ -544,8 +549,11 @@ def test_a_lost_rank_is_told_from_a_bug(text):
     """The two ways in which gloo says it, and an error of ours."""
     args, bug = SimpleNamespace(timeout=5, out="run"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert "lost another rank" in str(T.explain(RuntimeError(text), args)) and T.explain(bug, args) is bug
-    full = T.explain(RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), args)      # torch.save's
-    assert isinstance(full, OSError) and "is the disk full?" in str(full)
+
+
+def test_a_save_that_cannot_be_written_is_told_from_a_bug():
+    error = T.explain(RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), SimpleNamespace(out="run"))     # torch.save's
+    assert isinstance(error, OSError) and "is the disk full?" in str(error)
 
 
 def test_two_machines_a_dead_rank_and_resume(tmp_path):
@@ -643,13 +651,15 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
 
 @pytest.fixture
 def loop(tmp_path, monkeypatch, tokenizer):
-    """train.py's loop over 10 rows in batches of 4, in this process: what it returns. `step` stands in for a step of training."""
-    def call(start, step, **flags):
-        monkeypatch.setattr(T, "update", lambda ddp, optimizer, rows, batch, n, *_: step(n, batch) or ([1.0, 1.0], 1.0))
+    """train.py's loop over 10 rows in batches of 4, in this process: what it returns. `instead` takes the place of a step of training."""
+
+    def call(start, instead, **flags):
+        monkeypatch.setattr(T, "update", lambda ddp, optimizer, rows, batch, step, *_: instead(step, batch) or ([1.0, 1.0], 1.0))
         args = SimpleNamespace(**dict(out=tmp_path / "run", batch_size=4, micro_batch_size=4, steps=9, save_every=99, seed=5, logged=0, exits=[2], weights=[1, 1],
                                       shortlist=[], lr=1e-3, warmup=0.1, head_lr=1.0, weight_decay=0.0) | flags)
         model, rows = random_model(), worker.rows()[:10]
         return T.train(model, model, None, T.optimizer_for(model, args), tokenizer, rows, rows[:2], args, start, 0, 1, lambda text: None)
+
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return call
 
@@ -657,7 +667,7 @@ def loop(tmp_path, monkeypatch, tokenizer):
 def test_a_signal_does_not_wait_for_a_validation(loop, tmp_path, monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    assert loop(0, lambda n, batch: n == 1 and handlers[signal.SIGTERM](signal.SIGTERM, None), save_every=2) == signal.SIGTERM
+    assert loop(0, lambda step, batch: step == 1 and handlers[signal.SIGTERM](signal.SIGTERM, None), save_every=2) == signal.SIGTERM
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [("validation" in line, line["step"]) for line in log] == [(True, 0), (False, 1), (False, 2)]
     assert os.readlink(tmp_path / "run/latest") == "step-2"          # where a regular save was due
@@ -667,12 +677,14 @@ def test_each_epoch_takes_every_row_once_in_an_order_of_its_own(loop, tmp_path):
     """The loop's batches, from a step within the second epoch and from the start."""
     model, rows, taken = random_model(), worker.rows()[:10], []
     for start in (4, 0):
-        assert loop(start, lambda n, batch: taken.append((n, *batch))) == 0
+        assert loop(start, lambda step, batch: taken.append((step, *batch))) == 0
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert log[0] == dict(step=0, validation=exit_losses(model, rows[:2], [2], 4)[0]) and log[0]["validation"] != exit_losses(model, rows, [2], 4)[0]
+    held_out, all_of_them = (exit_losses(model, part, [2], 4)[0] for part in (rows[:2], rows))
+    assert log[0]["step"] == 0 and log[0]["validation"] == pytest.approx(held_out, rel=1e-6) != pytest.approx(all_of_them, rel=1e-3)
     epochs = [batches(rows, 4, 5, epoch) for epoch in range(3)]
     assert taken[5:] == [(step, *epochs[step // 3][step % 3]) for step in range(9)] and taken[:5] == taken[9:]
-    assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    orders = [[i for _, *batch in taken[5 + 3 * epoch:8 + 3 * epoch] for i in batch] for epoch in range(3)]
+    assert all(sorted(order) == [*range(10)] for order in orders) and len({*map(tuple, orders)}) == 3
 
 
 def test_no_lite_trains_the_last_layer_alone(tmp_path):
