@@ -155,7 +155,7 @@ def test_the_oracle_leaves_at_the_first_right_exit_and_pays_for_one_check():
         a = E.measure(model, prompt, 8, {}, how, [2, 4, 6])
         right = np.array(a.right)                        # (3, N)
         best = np.where(right.any(0), 2 + 2 * right.argmax(0), 8).tolist()
-        assert runs[E.ORACLE]["exits"] == best and runs[E.ORACLE]["layers"] == sum(best)
+        assert runs[E.FULL]["exits"] == [8] * len(best) and runs[E.ORACLE]["exits"] == best and runs[E.ORACLE]["layers"] == sum(best)
         assert runs[E.ORACLE]["bytes"] == 4 * sum(n * layer + 96 * (512 if n == 8 else size) for n, size in zip(best, a.sizes))
         pooled = [x.pooled.double().numpy() for x in (a, E.measure(model, prompt, 2, {}, how))]
         cosine = pooled[0] @ pooled[1] / np.prod([np.linalg.norm(x) for x in pooled])

@@ -512,6 +512,20 @@ def test_seed_and_checkpointing_reach_the_model(prepared):
     assert [run.model.checkpoint_blocks for run in runs] == [False, False, False, True]
 
 
+def test_without_flags_it_is_the_papers_lite(prepared):
+    run = prepared("--steps", 1)
+    assert run.teacher is None and run.args.copying == run.args.choices == 0 and run.args.exits == [2, 4, 6] and run.args.weights == [1, 1, 1, 1]
+    assert {group["faster"] for group in run.optimizer.param_groups} == {1}
+
+
+def test_examples_may_be_as_long_as_the_context_and_no_longer():
+    args = SimpleNamespace(exits=None, no_lite=False, copying=0, choices=0, weights=None, max_len=64)
+    T.choose_exits(args, random_model().args)
+    args.max_len = 65
+    with pytest.raises(InputError, match="--max-len 65: the model's context is 64 tokens"):
+        T.choose_exits(args, random_model().args)
+
+
 def test_epochs_are_counted_in_whole_batches(prepared):
     assert prepared("--epochs", 1.5).args.steps == 3     # 10 rows in batches of 8 and 2, 1.5 times
 
@@ -862,6 +876,7 @@ runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
     args = ["--steps", 2, "--batch-size", 8, "--val", 16, "--out", tmp_path / "run"]
     done = subprocess.run(torchrun(2, tmp_path / "listed.py", *args), env=ENV, capture_output=True, text=True, check=True)
     assert done.stdout.count("['python") == 2 and "gloo" not in done.stdout, done.stdout
+    assert done.stdout.count("trained 2 steps") == 1     # one rank speaks for all
 
 
 def test_a_resumed_run_refuses_other_data(tmp_path, refused):
