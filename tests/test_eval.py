@@ -644,8 +644,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, monkeypatc
 def test_a_run_is_another_if_anything_that_made_it_differs(tmp_path, monkeypatch, checkpoint):
     folder, modules = shutil.copytree(checkpoint, tmp_path / "model"), [shutil.copyfile(ROOT / f"{m}.py", tmp_path / f"{m}.py") for m in ("data", "eval", "generate", "model")]
     monkeypatch.setattr(E, "__file__", str(tmp_path / "eval.py"))
-    def ask(model=random_model(), work=("a",), rules=1, **flags):  # noqa: E306
+
+    def ask(model=random_model(), work=("a",), rules=1, **flags):
         return json.dumps(E.identity(SimpleNamespace(**dict(ckpt=folder, limit=5, out="x") | flags), model, work, rules))
+
     seen = [ask(), ask(work=("b",)), ask(rules=2), ask(limit=6), ask(random_model().bfloat16()), ask(random_model().to("meta"))]
     (folder / "notes.txt").write_text("of the user's")
     assert ask() == seen[0] == ask(out="y")
