@@ -68,8 +68,9 @@ def summarise(lines, name):
         for key, value in runs[0].items() if not isinstance(value, (str, list))}) for which in (name, FULL, ORACLE))
     with np.errstate(all="ignore"):                      # what does not exist is NaN here and None in the end
         many = {key: figure(s, f, o) for key, figure in FIGURES.items()}
-        row = {key: [x[0], *(np.percentile(x[1:], (2.5, 97.5)) if len(lines) > 1 else (math.nan, math.nan))]
-               for key, x in many.items()}               # one prompt tells nothing of others
+        row = {key: [x[0], *(np.percentile(some, (2.5, 97.5)) if len(lines) > 1 and len(some := x[1:][np.isfinite(x[1:])]) else
+                             (math.nan, math.nan))]      # one prompt tells nothing of others; a sample may hold nothing to divide by
+               for key, x in many.items()}
     for key, hits, counts in (("agreement %", "agreed", "steps"), ("exact match %", "exact", "prompts")):
         if None not in (r[hits] for r in runs):
             row[key] = [math.nan if x is None else 100 * x for x in rate([r[hits] for r in runs], [r[counts] for r in runs])[:3]]

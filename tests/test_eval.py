@@ -232,6 +232,12 @@ def test_figures_are_ratios_of_sums_over_prompts():
     json.dumps(row, allow_nan=False)
 
 
+def test_a_sample_of_one_token_answers_alone_does_not_take_the_interval():
+    runs = [line([], [], None, 0.0, 0), line([2], [1], 1, 1.0, 2), line([6], [1], 1, 1.0, 6)]        # drawn thrice, in 1 of 27 the first alone
+    row = R.summarise([dict(runs={R.FULL: run, R.ORACLE: run}) for run in runs], R.FULL)
+    assert row["layers"] == [4, 2, 6] and row["tokens/s"] == [1, 1, 1]
+
+
 def test_a_bootstrapped_interval_has_its_coverage():
     r, inside = random.Random(0), 0
     for _ in range(200):
