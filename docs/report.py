@@ -59,6 +59,12 @@ def draws(g):
     return np.vstack([np.ones(g), np.random.default_rng(0).multinomial(g, [1 / g] * g, 1000)])
 
 
+def middle(samples):
+    """The ends of the middle 95 % of those samples in which the figure exists, that had something to divide by."""
+    known = np.extract(np.isfinite(samples), samples)
+    return np.percentile(known, (2.5, 97.5)) if len(known) else (math.nan, math.nan)
+
+
 def summarise(lines, name):
     """FIGURES of a setting over some prompts: {figure: [value, low, high]}, and the exits that tokens left at.
     Intervals are bootstrapped; those of shares that may reach 1 are Wilson's."""
@@ -68,9 +74,7 @@ def summarise(lines, name):
         for key, value in runs[0].items() if not isinstance(value, (str, list))}) for which in (name, FULL, ORACLE))
     with np.errstate(all="ignore"):                      # what does not exist is NaN here and None in the end
         many = {key: figure(s, f, o) for key, figure in FIGURES.items()}
-        row = {key: [x[0], *(np.percentile(some, (2.5, 97.5)) if len(lines) > 1 and len(some := x[1:][np.isfinite(x[1:])]) else
-                             (math.nan, math.nan))]      # one prompt tells nothing of others; a sample may hold nothing to divide by
-               for key, x in many.items()}
+        row = {key: [x[0], *middle(x[1:] if len(lines) > 1 else [])] for key, x in many.items()}     # one prompt tells nothing of others
     for key, hits, counts in (("agreement %", "agreed", "steps"), ("exact match %", "exact", "prompts")):
         if None not in (r[hits] for r in runs):
             row[key] = [math.nan if x is None else 100 * x for x in rate([r[hits] for r in runs], [r[counts] for r in runs])[:3]]
